@@ -1,0 +1,127 @@
+"""Streams of batches: anything that can be iterated over, once or again and again.
+
+A *batch* is a tensor, a tuple, list or dictionary of batches, or any object that the losses understand. A *source* is
+a ``DataLoader``, a list of batches, an endless generator, or one full batch (a tensor, a dictionary, or a tuple of
+tensors), which then is every step's batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Batch = Any
+Source = Iterable[Batch]
+
+
+def as_source(batches: Any, name: str) -> Source:
+    """``batches`` itself, or a list of one where it is a full batch: a tensor, a dictionary or a tuple of tensors.
+
+    Raises:
+        TypeError: If ``batches`` cannot be iterated over.
+        ValueError: If it is known to be empty.
+    """
+    if isinstance(batches, (Tensor, Mapping)) or _is_tuple_of_tensors(batches):
+        return [batches]
+    if not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must be an iterable of batches (a DataLoader, a list) or one full batch (a tensor, a tuple of "
+            f"tensors, a dictionary), but got {type(batches).__name__}."
+        )
+    if hasattr(batches, "__len__") and len(batches) == 0:
+        raise ValueError(f"{name} must hold at least one batch, but it is empty.")
+    return batches
+
+
+class Stream:
+    """An endless iterator over a source: it starts again when the source ends.
+
+    Raises:
+        RuntimeError: From ``next``, if the source ends and cannot be started again.
+    """
+
+    def __init__(self, source: Source, name: str) -> None:
+        self._source = source
+        self._name = name
+        self._iterator: Iterator[Batch] | None = None
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Batch:
+        for _ in range(2):
+            if self._iterator is None:
+                self._iterator = iter(self._source)
+            try:
+                return next(self._iterator)
+            except StopIteration:
+                self._iterator = None
+        raise RuntimeError(
+            f"{self._name} ended and yields nothing when started again: it is a one-shot iterator. Pass something that "
+            "can be iterated over again (a list, a DataLoader) or that never ends."
+        )
+
+
+def evaluation_set(source: Source, name: str, n_batches: int | None) -> Source:
+    """The batches over which a split is evaluated: a whole pass, or the first ``n_batches``.
+
+    The batches of a one-shot iterator are drawn once and kept, so that every evaluation sees the same.
+
+    Raises:
+        ValueError: If ``source`` is a one-shot iterator, which may never end, and ``n_batches`` is ``None``.
+    """
+    if isinstance(source, Iterator):
+        if n_batches is None:
+            raise ValueError(
+                f"{name} is a one-shot iterator, which may never end; say with n_eval_batches how many of its batches "
+                "make an evaluation, or pass something that can be iterated over again."
+            )
+        return list(islice(source, n_batches))
+    return source if n_batches is None else _FirstBatches(source, n_batches)
+
+
+class _FirstBatches:
+    def __init__(self, source: Source, n_batches: int) -> None:
+        self._source = source
+        self._n_batches = n_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(iter(self._source), self._n_batches)
+
+
+def n_examples(batch: Batch) -> int:
+    """The length of the first tensor found in a batch; 1 where there is none, or it has no dimension."""
+    tensor = next(_tensors(batch), None)
+    return 1 if tensor is None or tensor.ndim == 0 else tensor.shape[0]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch with its tensors on ``device``; other objects pass through."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(item, device) for key, item in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
+        return type(batch)(*(to_device(item, device) for item in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(to_device(item, device) for item in batch)
+    return batch
+
+
+def _tensors(batch: Batch) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for item in batch.values():
+            yield from _tensors(item)
+    elif isinstance(batch, (tuple, list)):
+        for item in batch:
+            yield from _tensors(item)
+
+
+def _is_tuple_of_tensors(batches: Any) -> bool:
+    return isinstance(batches, tuple) and len(batches) > 0 and all(isinstance(item, Tensor) for item in batches)

@@ -1,0 +1,324 @@
+"""The outer loop, one for all estimators: roll out, estimate, step α, guard, evaluate, remember the best.
+
+    for k = 1, 2, ...:   w, d̂ = one horizon of training from w under α, folded by the estimator
+                         α ← α − (a step of the outer optimizer along d̂)
+
+*Online* (the default), w is carried on from one outer step to the next while α moves, as one long training. With
+``restart=True``, every outer step trains again from w_0.
+
+α drifts: the last is rarely the best, so every few steps α is evaluated by a declared protocol (``evaluation``), and
+what comes out is the best of those evaluated, the seed among them.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optuna_greedyhg.hypergrad import evaluation, randomness, trees
+from optuna_greedyhg.hypergrad.batches import Stream
+from optuna_greedyhg.hypergrad.cost import Cost
+from optuna_greedyhg.hypergrad.domains import Hyperparameter, to_coordinates
+from optuna_greedyhg.hypergrad.estimators import Estimator
+from optuna_greedyhg.hypergrad.evaluation import Evaluation, Online, Protocol, Retrain
+from optuna_greedyhg.hypergrad.problem import BilevelProblem
+from optuna_greedyhg.hypergrad.products import Products, TrainState
+from optuna_greedyhg.hypergrad.trees import Tensors
+from optuna_greedyhg.hypergrad.update_rules import UpdateRule, hyperparameter_names
+
+OuterOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
+Stop = Literal["finished", "patience", "diverged"]
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """Where a descent stands after an outer step.
+
+    Attributes:
+        index: Number of outer steps made; 0 is the seed, before any.
+        values: The values of α after it.
+        val_loss: The validation loss at the end of its horizon, on one batch and weights carried along; NaN at 0.
+        hypergradient_norm: The Euclidean norm of d̂ in α's coordinates, before clipping; NaN at 0.
+        evaluation: α's evaluation under the protocol, on the steps of the grid; ``None`` between.
+        best: The best evaluation so far.
+        cost: All that has been spent so far, evaluations included.
+        stopped: Why this is the last step; ``None`` while there are more to come.
+    """
+
+    index: int
+    values: Tensors
+    val_loss: float
+    hypergradient_norm: float
+    evaluation: Evaluation | None
+    best: Evaluation
+    cost: Cost
+    stopped: Stop | None
+
+
+@dataclass(frozen=True)
+class DescentOptions:
+    """The settings of a descent; see :func:`descend` for their meaning.
+
+    Raises:
+        ValueError: If a number is out of its range, or ``evaluate`` is an unknown string.
+    """
+
+    horizon: int = 10
+    n_outer_steps: int = 50
+    outer_optimizer: OuterOptimizer = partial(torch.optim.Adam, lr=0.1)
+    evaluate: Protocol | Literal["retrain", "online"] = "retrain"
+    evaluate_every: int = 5
+    metric: str = "loss"
+    maximize: bool = False
+    patience: int | None = None
+    restart: bool = False
+    max_hypergradient_norm: float | None = None
+    max_failures: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least = {"horizon": 1, "n_outer_steps": 0, "evaluate_every": 1, "patience": 1, "max_failures": 0, "seed": 0}
+        for name, low in at_least.items():
+            value = getattr(self, name)
+            if not (name == "patience" and value is None) and (not isinstance(value, int) or value < low):
+                raise ValueError(f"{name} must be an integer of at least {low}, but got {value!r}.")
+        if self.max_hypergradient_norm is not None and not self.max_hypergradient_norm > 0:
+            raise ValueError(f"max_hypergradient_norm must be above 0, or None, but got {self.max_hypergradient_norm}.")
+        if not isinstance(self.evaluate, Protocol) and self.evaluate not in ("retrain", "online"):
+            raise ValueError(f"evaluate must be 'retrain', 'online', Retrain(n_steps) or Online(), but got {self.evaluate!r}.")
+
+    @property
+    def protocol(self) -> Retrain | Online:
+        """The protocol of evaluation, with its number of steps filled in."""
+        if self.evaluate == "online" or isinstance(self.evaluate, Online):
+            return Online()
+        declared = self.evaluate.n_steps if isinstance(self.evaluate, Retrain) else None
+        return Retrain(declared or max(1, self.horizon * self.n_outer_steps))
+
+    def is_better(self, a: Evaluation, b: Evaluation) -> bool:
+        """Whether ``a`` has a strictly better score than ``b``; NaN is worse than everything."""
+        return self.loss_of(a) < self.loss_of(b)
+
+    def loss_of(self, evaluation: Evaluation) -> float:
+        """The score with the sign of a loss; NaN becomes +inf."""
+        score = evaluation.scores[self.metric]
+        if score != score:
+            return float("inf")
+        return -score if self.maximize else score
+
+
+def descend(
+    problem: BilevelProblem,
+    hyperparameters: Mapping[str, Hyperparameter],
+    *,
+    update_rule: UpdateRule,
+    estimator: Estimator[Any] | None,
+    options: DescentOptions | None = None,
+    **settings: Any,
+) -> Iterator[OuterStep]:
+    """Refines hyperparameters by hypergradient descent, yielding after every outer step.
+
+    The first item is the seed's own evaluation, with index 0. A caller stops a descent by not asking for more.
+
+    Args:
+        problem: The bilevel problem.
+        hyperparameters: α: where each group starts and the domain it stays in.
+        update_rule: The inner optimizer Φ.
+        estimator: The hypergradient's estimator; ``None`` evaluates the seed and ends.
+        options: The settings below as one object; given either so or one by one.
+
+    Keyword Args:
+        horizon: Number T of training steps in one outer step.
+        n_outer_steps: Number of steps of α.
+        outer_optimizer: Makes the optimizer of α's coordinates from a list of tensors; Adam with lr 0.1 by default.
+        evaluate: The protocol of evaluation: :class:`Retrain` (or ``"retrain"``) or :class:`Online` (``"online"``).
+        evaluate_every: Number of outer steps between two evaluations; the first and the last α are always evaluated.
+        metric: What is evaluated: ``"loss"`` or one of the problem's metrics. Descent is always along ``val_loss``.
+        maximize: Whether a larger metric is a better one.
+        patience: Stop after this many evaluations in a row without a new best; ``None`` never does.
+        restart: Train every horizon from w_0 again, instead of carrying the weights on.
+        max_hypergradient_norm: Scale longer hypergradients down to this norm.
+        max_failures: After NaN or infinity, the descent goes back to the last good state and halves its steps; it gives
+            up after this many failures in a row.
+        seed: Seeds batches, dropout and augmentation. Equal seeds give equal trainings, whatever α is.
+
+    Raises:
+        ValueError: If a setting is out of its range, there are no hyperparameters, the update rule names one that does
+            not exist or is not 0-dimensional, or ``metric`` is unknown.
+        TypeError: If a setting is unknown.
+    """
+    if options is not None and settings:
+        raise TypeError(f"Give either options or single settings, but got both: {sorted(settings)}.")
+    options = options or DescentOptions(**settings)
+    if not hyperparameters:
+        raise ValueError("There must be at least one hyperparameter to refine, but none was declared.")
+    if options.metric not in problem.metrics:
+        raise ValueError(f"metric must be one of {problem.metrics}, but got {options.metric!r}; name it in the problem's metrics.")
+    for name in sorted(hyperparameter_names(update_rule)):
+        if name not in hyperparameters:
+            raise ValueError(f"{update_rule} uses the hyperparameter {name!r}, but there are only {sorted(hyperparameters)}.")
+        if hyperparameters[name].init.ndim != 0:
+            shape = tuple(hyperparameters[name].init.shape)
+            raise ValueError(f"The update rule's hyperparameter {name!r} must be 0-dimensional, but has shape {shape}.")
+    if estimator is not None and options.restart and estimator.biased_in_restart_mode:
+        warnings.warn(
+            f"{estimator} uses validation gradients of all steps, whose sum does not vanish at the optimum when every "
+            "outer step restarts from the initial weights; use restart=False, Greedy(gamma=0.0) or Reverse().",
+            stacklevel=2,
+        )
+    products = Products(problem, {name: h.domain for name, h in hyperparameters.items()}, update_rule)
+    return _outer_loop(products, hyperparameters, estimator, options)
+
+
+def _outer_loop(
+    products: Products,
+    hyperparameters: Mapping[str, Hyperparameter],
+    estimator: Estimator[Any] | None,
+    options: DescentOptions,
+) -> Iterator[OuterStep]:
+    alpha = to_coordinates(hyperparameters, products.problem.device)
+    start = state = products.initial_state()
+    n_outer_steps = 0 if estimator is None else options.n_outer_steps
+    seed = _evaluate(products, alpha, state, 0, options)
+    best = seed = replace(seed, values={name: h.init for name, h in hyperparameters.items()})
+    nan = float("nan")
+    yield _outer_step(0, seed.values, nan, nan, seed, best, products, "finished" if n_outer_steps == 0 else None)
+    if estimator is None:
+        return
+
+    outer = _Outer(options.outer_optimizer, alpha)
+    train_stream = products.problem.train_stream()
+    optimizer_state = outer.initial_state
+    last_good: _Point | None = None
+    step_scale, n_failures, evaluations_since_best = 1.0, 0, 0
+    for k in range(1, n_outer_steps + 1):
+        while True:
+            with randomness.seeded(options.seed + k, products.problem.device):
+                roll_out = _roll_out(products, estimator, state, alpha, train_stream, options.horizon)
+            if roll_out.is_finite():
+                break
+            n_failures += 1
+            if last_good is None or n_failures > options.max_failures:
+                yield _outer_step(k, best.values, nan, nan, None, best, products, "diverged")
+                return
+            step_scale /= 2
+            state = last_good.state
+            alpha, optimizer_state = outer.step(last_good, step_scale)
+        if k == 1:
+            _warn_of_idle(roll_out.hypergradient, estimator)
+        n_failures = 0
+        norm = trees.norm(roll_out.hypergradient)
+        hypergradient = _clipped(roll_out.hypergradient, norm, options.max_hypergradient_norm)
+        state = start if options.restart else roll_out.state
+        last_good = _Point(alpha, state, optimizer_state, hypergradient)
+        alpha, optimizer_state = outer.step(last_good, step_scale)
+
+        evaluated: Evaluation | None = None
+        stopped: Stop | None = "finished" if k == n_outer_steps else None
+        if k % options.evaluate_every == 0 or k == n_outer_steps:
+            evaluated = _evaluate(products, alpha, roll_out.state, k, options)
+            improved = options.is_better(evaluated, best)
+            best = evaluated if improved else best
+            evaluations_since_best = 0 if improved else evaluations_since_best + 1
+            if options.patience is not None and evaluations_since_best >= options.patience and stopped is None:
+                stopped = "patience"
+        values = trees.clone(dict(products.values(alpha)))
+        yield _outer_step(k, values, float(roll_out.val_loss), float(norm), evaluated, best, products, stopped)
+        if stopped:
+            return
+
+
+class _Point(NamedTuple):
+    """A place that the descent can go back to: α, the hypergradient there, and where training stood."""
+
+    alpha: Tensors
+    state: TrainState
+    optimizer_state: dict[str, Any]
+    hypergradient: Tensors
+
+
+class _RollOut(NamedTuple):
+    state: TrainState
+    hypergradient: Tensors
+    val_loss: Tensor
+
+    def is_finite(self) -> bool:
+        return trees.all_finite([*self.state.parameters.values(), *self.hypergradient.values(), self.val_loss])
+
+
+def _roll_out(
+    products: Products, estimator: Estimator[Any], state: TrainState, alpha: Tensors, stream: Stream, horizon: int
+) -> _RollOut:
+    """One horizon of training from ``state`` under α, folded by the estimator."""
+    memory = estimator.init(alpha)
+    for t in range(1, horizon + 1):
+        keep = estimator.keeps_graph(t, horizon)
+        step = products.step(state, alpha, next(stream), keep_graph=keep, replayable=estimator.replays)
+        memory = estimator.observe(memory, step)
+        state = step.after
+    return _RollOut(state, estimator.estimate(memory, step), step.validation().loss)
+
+
+class _Outer:
+    """A torch optimizer as a function from a point to the next α and its own next state."""
+
+    def __init__(self, make_optimizer: OuterOptimizer, alpha: Tensors) -> None:
+        self._leaves = {name: z.clone().requires_grad_() for name, z in alpha.items()}
+        self._optimizer = make_optimizer(list(self._leaves.values()))
+        self.initial_state = copy.deepcopy(self._optimizer.state_dict())
+
+    def step(self, point: _Point, scale: float) -> tuple[Tensors, dict[str, Any]]:
+        """α after one step from ``point``, its length times ``scale``; and the optimizer's state after it."""
+        self._optimizer.load_state_dict(point.optimizer_state)
+        with torch.no_grad():
+            for name, leaf in self._leaves.items():
+                leaf.copy_(point.alpha[name])
+                leaf.grad = point.hypergradient[name].clone()
+        self._optimizer.step()
+        displacement = trees.sub(trees.clone(self._leaves), point.alpha)
+        return trees.add_scaled(point.alpha, scale, displacement), copy.deepcopy(self._optimizer.state_dict())
+
+
+def _evaluate(products: Products, alpha: Tensors, carried: TrainState, k: int, options: DescentOptions) -> Evaluation:
+    protocol = options.protocol
+    if isinstance(protocol, Retrain):
+        assert protocol.n_steps is not None
+        carried = evaluation.train(products, alpha, protocol.n_steps, options.seed)
+    return evaluation.evaluate(products, alpha, carried, k, options.seed)
+
+
+def _outer_step(
+    k: int,
+    values: Tensors,
+    val_loss: float,
+    norm: float,
+    evaluated: Evaluation | None,
+    best: Evaluation,
+    products: Products,
+    stopped: Stop | None,
+) -> OuterStep:
+    return OuterStep(k, values, val_loss, norm, evaluated, best, replace(products.cost), stopped)
+
+
+def _clipped(hypergradient: Tensors, norm: Tensor, max_norm: float | None) -> Tensors:
+    if max_norm is None:
+        return hypergradient
+    factor = torch.clamp(max_norm / norm, max=1.0)
+    return {name: x * factor for name, x in hypergradient.items()}
+
+
+def _warn_of_idle(hypergradient: Tensors, estimator: Estimator[Any]) -> None:
+    idle = sorted(name for name, x in hypergradient.items() if not bool(x.any()))
+    if idle:
+        warnings.warn(
+            f"{estimator} sees no effect of the hyperparameters {idle}: their hypergradient is exactly zero. Check that a "
+            "loss or the update rule reads them, and that the estimator looks through the one that does.",
+            stacklevel=3,
+        )

@@ -1,0 +1,8 @@
+"""Estimators of the hypergradient, one method a file."""
+
+from optuna_greedyhg.hypergrad.estimators.base import Estimator
+from optuna_greedyhg.hypergrad.estimators.first_order import FirstOrder
+from optuna_greedyhg.hypergrad.estimators.greedy import Greedy
+from optuna_greedyhg.hypergrad.estimators.reverse import Reverse
+
+__all__ = ["Estimator", "FirstOrder", "Greedy", "Reverse"]

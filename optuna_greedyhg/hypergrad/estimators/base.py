@@ -1,0 +1,38 @@
+"""What an estimator of the hypergradient is: a fold over the inner steps of one horizon."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+from optuna_greedyhg.hypergrad.products import InnerStep
+from optuna_greedyhg.hypergrad.trees import Tensors
+
+Memory = TypeVar("Memory")
+
+
+class Estimator(Protocol[Memory]):
+    """Folds the inner steps t = 1..T of one horizon into an estimate of d = dL_val(w_T(α), α)/dα.
+
+    An estimator is a frozen dataclass: its memory goes in and comes out. It asks the steps for products and never calls
+    autograd itself. All its trees are keyed like α and hold derivatives in α's coordinates.
+    """
+
+    def keeps_graph(self, t: int, horizon: int) -> bool:
+        """Whether ``observe`` or ``estimate`` will want a product of step t right away, from the training step's graph."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether products are asked of steps whose graph was not kept, so that the steps must be replayable."""
+
+    @property
+    def biased_in_restart_mode(self) -> bool:
+        """Whether its zeros are not those of the hypergradient when every outer step trains again from w_0."""
+
+    def init(self, alpha: Tensors) -> Memory:
+        """The memory before the first step."""
+
+    def observe(self, memory: Memory, step: InnerStep) -> Memory:
+        """The memory after one more step."""
+
+    def estimate(self, memory: Memory, end: InnerStep) -> Tensors:
+        """The estimate of d, given the last step."""

@@ -1,0 +1,38 @@
+"""First-order: the direct gradient alone, as if the weights did not depend on the hyperparameters.
+
+    d̂ = ∇_α L_val(w_T, α)
+
+Source: the first-order baseline of Yakovlev (2024); FO-MAML (Finn et al., 2017) for shared weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optuna_greedyhg.hypergrad.products import InnerStep
+from optuna_greedyhg.hypergrad.trees import Tensors
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """The direct gradient; no products. It is zero, and α stays where it is, if the validation loss does not read α."""
+
+    @property
+    def replays(self) -> bool:
+        return False
+
+    @property
+    def biased_in_restart_mode(self) -> bool:
+        return False  # no more than it is in any mode
+
+    def keeps_graph(self, t: int, horizon: int) -> bool:
+        return False
+
+    def init(self, alpha: Tensors) -> None:
+        return None
+
+    def observe(self, memory: None, step: InnerStep) -> None:
+        return None
+
+    def estimate(self, memory: None, end: InnerStep) -> Tensors:
+        return end.validation().direct

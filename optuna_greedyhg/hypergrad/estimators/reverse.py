@@ -1,0 +1,51 @@
+"""Reverse mode: the exact hypergradient of one horizon, by a sweep back over all its steps.
+
+    d = ∇_α L_val(w_T, α) + Σ_{t=T..1} v_t·B_t,      v_T = (∇_w L_val(w_T, α), 0),   v_{t−1} = v_t·A_t
+
+v is a covector on weights *and* optimizer state, so momentum and moments are differentiated through.
+
+Source: reverse-hypergradient of Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization",
+ICML 2017.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optuna_greedyhg.hypergrad import trees
+from optuna_greedyhg.hypergrad.products import Covector, InnerStep
+from optuna_greedyhg.hypergrad.trees import Tensors
+
+
+@dataclass(frozen=True)
+class Reverse:
+    """The exact hypergradient, given the weights and the optimizer state at the start of the horizon.
+
+    Costs 2T−1 products, one validation gradient, and T more training gradients, because each step is replayed rather
+    than its graph kept; memory O(T·P) for the states.
+    """
+
+    @property
+    def replays(self) -> bool:
+        return True
+
+    @property
+    def biased_in_restart_mode(self) -> bool:
+        return False
+
+    def keeps_graph(self, t: int, horizon: int) -> bool:
+        return False
+
+    def init(self, alpha: Tensors) -> tuple[InnerStep, ...]:
+        return ()
+
+    def observe(self, memory: tuple[InnerStep, ...], step: InnerStep) -> tuple[InnerStep, ...]:
+        return (*memory, step)
+
+    def estimate(self, memory: tuple[InnerStep, ...], end: InnerStep) -> Tensors:
+        v = Covector(end.validation().gradient)
+        estimate = end.validation().direct
+        for step in reversed(memory[1:]):
+            v, term = step.times_ab(v)
+            estimate = trees.add(estimate, term)
+        return trees.add(estimate, memory[0].times_b(v))

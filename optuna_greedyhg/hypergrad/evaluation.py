@@ -1,0 +1,99 @@
+"""The protocol by which α gets its value: one and the same for refined and unrefined trials.
+
+A validation loss read off in the middle of a descent belongs to weights that were carried along its whole path, under
+many different α. It cannot be compared with the value of a black-box trial, whose weights were trained under one. So a
+value comes from a declared protocol:
+
+- :class:`Retrain`: train afresh from w_0 with α fixed for a declared number of steps, then evaluate. What is tuned is α.
+- :class:`Online`: evaluate the weights carried along. What is tuned are these weights, and α was a means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from optuna_greedyhg.hypergrad import randomness, trees
+from optuna_greedyhg.hypergrad.products import Products, TrainState
+from optuna_greedyhg.hypergrad.trees import Tensors
+
+_STEPS_BETWEEN_CHECKS = 50
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The value of one α under a protocol.
+
+    Attributes:
+        outer_step: The outer step at which it was made; 0 is the seed.
+        alpha: The coordinates of α.
+        values: The values of α.
+        scores: The validation split's loss and metrics, by name; NaN or infinite where training diverged.
+        state: The weights that were evaluated.
+    """
+
+    outer_step: int
+    alpha: Tensors
+    values: Tensors
+    scores: Mapping[str, float]
+    state: TrainState
+
+
+@dataclass(frozen=True)
+class Retrain:
+    """Train from w_0 with α fixed for ``n_steps`` steps, then evaluate the validation split.
+
+    Every training draws the same batches and the same random numbers, so that two values differ by α alone (as long as
+    the batches come from something that can be iterated over again).
+
+    Args:
+        n_steps: Number of training steps; ``None`` is as many as all outer steps together make.
+    """
+
+    n_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_steps is not None and self.n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, but got {self.n_steps}.")
+
+
+@dataclass(frozen=True)
+class Online:
+    """Evaluate the weights carried along by the descent; they, and not α, are the result."""
+
+
+Protocol = Retrain | Online
+
+
+def train(products: Products, alpha: Tensors, n_steps: int, seed: int) -> TrainState:
+    """The weights after ``n_steps`` steps from w_0 with α fixed; stops early once they are not finite any more.
+
+    Args:
+        products: The problem and its update rule.
+        alpha: The coordinates of α.
+        n_steps: Number of training steps.
+        seed: Seeds the order of the batches, dropout and augmentation.
+    """
+    state = products.initial_state()
+    stream = products.problem.train_stream()
+    with randomness.seeded(seed, products.problem.device):
+        for t in range(1, n_steps + 1):
+            state = products.step(state, alpha, next(stream)).after
+            if t % _STEPS_BETWEEN_CHECKS == 0 and not state.is_finite():
+                break
+    return state
+
+
+def evaluate(products: Products, alpha: Tensors, state: TrainState, outer_step: int, seed: int) -> Evaluation:
+    """The scores of given weights on the validation split."""
+    values = trees.clone(dict(products.values(alpha)))
+    scores = score(products, "val", values_of=alpha, state=state, seed=seed)
+    return Evaluation(outer_step, alpha, values, scores, state)
+
+
+def score(products: Products, split: str, *, values_of: Tensors, state: TrainState, seed: int) -> dict[str, float]:
+    """The loss and the metrics of one state on a split, ``"val"`` or ``"test"``; empty if there is no such split."""
+    with randomness.seeded(seed, products.problem.device):
+        scores, n = products.problem.evaluate(split, state.parameters, state.buffers, products.values(values_of))
+    products.cost.n_evaluations += n
+    return scores

@@ -1,0 +1,187 @@
+"""The bilevel problem: a model, the loss it is trained with, the loss it is judged by, and their batches.
+
+    w*(α) = the weights after training on L_train(·, α)          α* = argmin_α L_val(w*(α), α)
+
+Both losses are ordinary functions of ``(model, alpha, batch)``. ``model`` is called as the user's own module would be,
+but computes with the *current* weights; ``alpha`` is a read-only mapping from names to tensors. Each returns a
+0-dimensional tensor, the mean over the batch:
+
+    def train_loss(model, alpha, batch):
+        x, y, index = batch
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        return (torch.sigmoid(alpha["example_logits"][index]) * losses).mean()
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from optuna_greedyhg.hypergrad import batches, trees
+from optuna_greedyhg.hypergrad.batches import Batch, Source, Stream
+from optuna_greedyhg.hypergrad.trees import Tensors
+
+
+class Model:
+    """The user's module with given weights: called like the module, it computes with ``parameters`` and ``buffers``.
+
+    Buffers that a call updates (BatchNorm's running statistics) are replaced in ``buffers``, never written in place
+    into the caller's tensors.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Tensors, buffers: Tensors, constants: Tensors) -> None:
+        self._module = module
+        self._parameters = parameters
+        self._constants = constants
+        self.buffers = {name: buffer.clone() for name, buffer in buffers.items()} if module.training else buffers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self._module, {**self._parameters, **self._constants, **self.buffers}, args, kwargs)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The current trainable weights, by the names they have in the module."""
+        return iter(self._parameters.items())
+
+    def parameters(self) -> Iterator[Tensor]:
+        return iter(self._parameters.values())
+
+    @property
+    def training(self) -> bool:
+        return self._module.training
+
+
+Loss = Callable[[Model, Mapping[str, Tensor], Batch], Tensor]
+Metric = Callable[[Model, Mapping[str, Tensor], Batch], Tensor]
+
+
+class BilevelProblem:
+    """Two losses, a model and two streams of batches; optionally a third split that is only ever looked at.
+
+    The model's weights at construction are w_0, from which every training starts. The module itself is copied and
+    never changed. Parameters with ``requires_grad=False`` stay as they are. The training loss sees the module in the
+    mode it was handed over (normally ``train()``), everything else sees it in ``eval()``.
+
+    Args:
+        model: The module to train. Its parameters' device is where everything is computed.
+        train_loss: ``(model, alpha, batch) -> L_train``, a 0-dimensional tensor, differentiable twice.
+        val_loss: ``(model, alpha, batch) -> L_val``, a 0-dimensional tensor; also the loss reported on the test split.
+        train_batches: A ``DataLoader``, a list, an endless iterator, or one full batch (a tensor, a dictionary, or a
+            tuple of tensors).
+        val_batches: Likewise.
+        test_batches: Likewise; evaluated and recorded, never optimised.
+        metrics: Further numbers to record on the validation and test splits: ``(model, alpha, batch) -> mean``.
+        n_eval_batches: How many batches make an evaluation of a split; ``None`` means a whole pass.
+
+    Raises:
+        TypeError: If a loss is not callable or batches cannot be iterated over.
+        ValueError: If the model has nothing to train, batches are empty, a metric is called ``"loss"``, or an
+            iterator that may never end is given without ``n_eval_batches``.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        train_loss: Loss,
+        val_loss: Loss,
+        train_batches: Any,
+        val_batches: Any,
+        test_batches: Any = None,
+        metrics: Mapping[str, Metric] | None = None,
+        n_eval_batches: int | None = None,
+    ) -> None:
+        if not callable(train_loss) or not callable(val_loss):
+            raise TypeError("train_loss and val_loss must be functions of (model, alpha, batch).")
+        if n_eval_batches is not None and n_eval_batches < 1:
+            raise ValueError(f"n_eval_batches must be at least 1, or None for a whole pass, but got {n_eval_batches}.")
+        if metrics and "loss" in metrics:
+            raise ValueError("A metric must not be called 'loss': that is the name of val_loss itself. Rename it.")
+        named = dict(model.named_parameters())
+        if not any(p.requires_grad for p in named.values()):
+            raise ValueError("The model must have a parameter with requires_grad=True, but there is nothing to train.")
+
+        self._train_module = copy.deepcopy(model)
+        self._eval_module = copy.deepcopy(model).eval()
+        self._constants = trees.clone({name: p for name, p in named.items() if not p.requires_grad})
+        self.initial_parameters = trees.clone({name: p for name, p in named.items() if p.requires_grad})
+        self.initial_buffers = trees.clone(dict(model.named_buffers()))
+
+        self._train_loss = train_loss
+        self._val_loss = val_loss
+        self._train_source = batches.as_source(train_batches, "train_batches")
+        self._val_source = batches.as_source(val_batches, "val_batches")
+        self._metrics = dict(metrics or {})
+        self._val_set = batches.evaluation_set(self._val_source, "val_batches", n_eval_batches)
+        self._test_set: Source | None = None
+        if test_batches is not None:
+            test_source = batches.as_source(test_batches, "test_batches")
+            self._test_set = batches.evaluation_set(test_source, "test_batches", n_eval_batches)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.initial_parameters.values())).device
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of what an evaluation gives: ``"loss"`` and the user's metrics."""
+        return ("loss", *self._metrics)
+
+    def train_stream(self) -> Stream:
+        """A fresh endless stream over the training batches."""
+        return Stream(self._train_source, "train_batches")
+
+    def val_stream(self) -> Stream:
+        """A fresh endless stream over the validation batches."""
+        return Stream(self._val_source, "val_batches")
+
+    def train(
+        self, parameters: Tensors, buffers: Tensors, alpha: Mapping[str, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensors]:
+        """``L_train(w, α)`` on one batch, and the buffers after it."""
+        model = Model(self._train_module, parameters, buffers, self._constants)
+        loss = _scalar(self._train_loss(model, alpha, batches.to_device(batch, self.device)), "train_loss")
+        return loss, {name: buffer.detach() for name, buffer in model.buffers.items()}
+
+    def validate(self, parameters: Tensors, buffers: Tensors, alpha: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """``L_val(w, α)`` on one batch."""
+        model = Model(self._eval_module, parameters, buffers, self._constants)
+        return _scalar(self._val_loss(model, alpha, batches.to_device(batch, self.device)), "val_loss")
+
+    def evaluate(
+        self, split: str, parameters: Tensors, buffers: Tensors, alpha: Mapping[str, Tensor]
+    ) -> tuple[dict[str, float], int]:
+        """The loss and the metrics on the ``"val"`` or ``"test"`` split, without gradients.
+
+        Returns:
+            The means over the split's examples by name, and the number of examples seen; nothing and 0 where the problem
+            has no such split.
+        """
+        source = {"val": self._val_set, "test": self._test_set}[split]
+        if source is None:
+            return {}, 0
+        functions = {"loss": self._val_loss, **self._metrics}
+        sums: dict[str, Tensor | float] = dict.fromkeys(functions, 0.0)
+        count = 0
+        with torch.no_grad():
+            model = Model(self._eval_module, parameters, buffers, self._constants)
+            for batch in source:
+                n = batches.n_examples(batch)
+                batch = batches.to_device(batch, self.device)
+                for name, function in functions.items():
+                    sums[name] = sums[name] + n * function(model, alpha, batch)
+                count += n
+        if count == 0:
+            raise RuntimeError(f"{split}_batches ended before the first batch; pass something that can be iterated over again.")
+        return {name: float(total) / count for name, total in sums.items()}, count
+
+
+def _scalar(loss: Any, name: str) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.ndim != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{name} must return a 0-dimensional tensor, but got {got}; take the mean over the batch.")
+    return loss

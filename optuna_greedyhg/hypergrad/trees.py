@@ -1,0 +1,60 @@
+"""Arithmetic on ``dict[str, Tensor]``: parameters, gradients, hyperparameters and their estimates.
+
+Every function returns a new dictionary and leaves its arguments alone. Two trees that meet must have the same keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+def zeros_like(tree: Mapping[str, Tensor]) -> Tensors:
+    return {name: torch.zeros_like(x) for name, x in tree.items()}
+
+
+def clone(tree: Mapping[str, Tensor]) -> Tensors:
+    """Copies that share neither memory nor graph with ``tree``."""
+    return {name: x.detach().clone() for name, x in tree.items()}
+
+
+def leaves(tree: Mapping[str, Tensor]) -> Tensors:
+    """The same numbers as fresh leaves of a graph, each with ``requires_grad``."""
+    return {name: x.detach().requires_grad_() for name, x in tree.items()}
+
+
+def add(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensors:
+    return {name: x[name] + y[name] for name in x}
+
+
+def sub(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensors:
+    return {name: x[name] - y[name] for name in x}
+
+
+def scale(factor: float, x: Mapping[str, Tensor]) -> Tensors:
+    return {name: factor * x[name] for name in x}
+
+
+def add_scaled(x: Mapping[str, Tensor], factor: float, y: Mapping[str, Tensor]) -> Tensors:
+    """``x + factor·y``."""
+    return {name: torch.add(x[name], y[name], alpha=factor) for name in x}
+
+
+def dot(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
+    """``Σ x·y`` over all entries, a 0-dimensional tensor."""
+    return torch.stack([torch.sum(x[name] * y[name]) for name in x]).sum()
+
+
+def norm(x: Mapping[str, Tensor]) -> Tensor:
+    """The Euclidean norm over all entries, a 0-dimensional tensor."""
+    return torch.stack([torch.linalg.vector_norm(t) for t in x.values()]).norm()
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no entry is NaN or infinite. Waits for the device once, whatever the number of tensors."""
+    checks = [torch.isfinite(x).all() for x in tensors]
+    return not checks or bool(torch.stack(checks).all())

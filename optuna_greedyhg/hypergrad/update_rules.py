@@ -1,0 +1,182 @@
+"""Update rules Φ: one training step as a pure function of weights, gradient, optimizer state and hyperparameters.
+
+    (w_t, s_t) = Φ(w_{t−1}, g_{t−1}, s_{t−1}, θ(α)),      g = ∇_w L_train(w, α)
+
+Each is a few lines of arithmetic that agrees step for step with the ``torch.optim`` class of the same name. Any of a
+rule's own hyperparameters θ is a number, or the *name* of a hyperparameter in α, which then is refined:
+
+    >>> SGD(lr="lr", momentum=0.9, weight_decay="weight_decay")
+
+They are written here, and not taken from ``torch.optim``, because the derivatives of ``differentiable=True`` are
+refused or silently wrong for several of them (SGD's weight decay with momentum, nesterov momentum).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from optuna_greedyhg.hypergrad import trees
+from optuna_greedyhg.hypergrad.trees import Tensors
+
+Slots = dict[str, Tensors]
+"""The optimizer's state s: one tree like the weights for each kind of state (momentum, moments)."""
+
+Theta = Mapping[str, Tensor | float]
+"""A rule's own hyperparameters by name, each a number or a 0-dimensional tensor."""
+
+
+class UpdateRule(Protocol):
+    """One step of training, differentiable in everything it is given but ``n_steps``."""
+
+    @property
+    def theta(self) -> dict[str, float | str]:
+        """Its own hyperparameters: a number, or the name of the hyperparameter in α to use."""
+
+    def init(self, parameters: Tensors) -> Slots:
+        """The state before the first step."""
+
+    def step(
+        self, parameters: Tensors, gradient: Tensors, slots: Slots, theta: Theta, n_steps: int
+    ) -> tuple[Tensors, Slots]:
+        """The weights and the state after one step, as new tensors; ``n_steps`` counts the steps made before."""
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent, as ``torch.optim.SGD`` with ``dampening=0``:
+
+        d = g + wd·w,   m ← μ·m + d,   w ← w − lr·m   (nesterov: w ← w − lr·(d + μ·m))
+
+    Args:
+        lr: Learning rate.
+        momentum: The factor μ in [0, 1).
+        weight_decay: The coupled L2 penalty wd.
+        nesterov: Whether to look ahead along the momentum; needs ``momentum``.
+
+    Raises:
+        ValueError: If a number is out of its range, or ``nesterov`` is set without momentum.
+    """
+
+    lr: float | str = 1e-3
+    momentum: float | str = 0.0
+    weight_decay: float | str = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range(self.theta, lr=(0, None), momentum=(0, 1), weight_decay=(0, None))
+        if self.nesterov and self.momentum == 0.0:
+            raise ValueError("Nesterov's step needs a momentum above 0, but got momentum=0.0.")
+
+    @property
+    def theta(self) -> dict[str, float | str]:
+        return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+
+    def init(self, parameters: Tensors) -> Slots:
+        return {} if self.momentum == 0.0 else {"momentum": trees.zeros_like(parameters)}
+
+    def step(
+        self, parameters: Tensors, gradient: Tensors, slots: Slots, theta: Theta, n_steps: int
+    ) -> tuple[Tensors, Slots]:
+        lr, mu = theta["lr"], theta["momentum"]
+        d = _decayed(gradient, parameters, theta["weight_decay"])
+        if not slots:
+            return {k: w - lr * d[k] for k, w in parameters.items()}, {}
+        m = {k: mu * slots["momentum"][k] + d[k] for k in d}
+        direction = {k: d[k] + mu * m[k] for k in d} if self.nesterov else m
+        return {k: w - lr * direction[k] for k, w in parameters.items()}, {"momentum": m}
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam with a coupled L2 penalty, as ``torch.optim.Adam``; at step t = 1, 2, ...:
+
+        d = g + wd·w,   m ← β1·m + (1−β1)·d,   v ← β2·v + (1−β2)·d²,
+        w ← w − lr · (m/(1−β1^t)) / (√(v/(1−β2^t)) + ε)
+
+    The derivative of √v is taken as 0 where v = 0 (a weight that never had a gradient), so that it is finite everywhere.
+
+    Args:
+        lr: Learning rate.
+        betas: The decay rates (β1, β2) of the two moments, each in [0, 1).
+        eps: The term ε added to the denominator.
+        weight_decay: The penalty wd.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    lr: float | str = 1e-3
+    betas: tuple[float | str, float | str] = (0.9, 0.999)
+    eps: float | str = 1e-8
+    weight_decay: float | str = 0.0
+    decoupled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_range(self.theta, lr=(0, None), beta1=(0, 1), beta2=(0, 1), eps=(0, None), weight_decay=(0, None))
+
+    @property
+    def theta(self) -> dict[str, float | str]:
+        beta1, beta2 = self.betas
+        return {"lr": self.lr, "beta1": beta1, "beta2": beta2, "eps": self.eps, "weight_decay": self.weight_decay}
+
+    def init(self, parameters: Tensors) -> Slots:
+        return {"exp_avg": trees.zeros_like(parameters), "exp_avg_sq": trees.zeros_like(parameters)}
+
+    def step(
+        self, parameters: Tensors, gradient: Tensors, slots: Slots, theta: Theta, n_steps: int
+    ) -> tuple[Tensors, Slots]:
+        lr, beta1, beta2, eps, wd = (theta[k] for k in ("lr", "beta1", "beta2", "eps", "weight_decay"))
+        if self.decoupled:
+            d, decayed = gradient, {k: (1 - lr * wd) * w for k, w in parameters.items()}
+        else:
+            d, decayed = _decayed(gradient, parameters, wd), parameters
+        m = {k: beta1 * slots["exp_avg"][k] + (1 - beta1) * d[k] for k in d}
+        v = {k: beta2 * slots["exp_avg_sq"][k] + (1 - beta2) * d[k] * d[k] for k in d}
+        bias1, bias2 = 1 - beta1 ** (n_steps + 1), 1 - beta2 ** (n_steps + 1)
+        after = {k: w - lr / bias1 * m[k] / (_sqrt(v[k] / bias2) + eps) for k, w in decayed.items()}
+        return after, {"exp_avg": m, "exp_avg_sq": v}
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay, as ``torch.optim.AdamW``: :class:`Adam` with d = g, and w ← (1 − lr·wd)·w first."""
+
+    weight_decay: float | str = 1e-2
+    decoupled: ClassVar[bool] = True
+
+
+def hyperparameter_names(rule: UpdateRule) -> frozenset[str]:
+    """The names in α that the rule uses for its own hyperparameters."""
+    return frozenset(value for value in rule.theta.values() if isinstance(value, str))
+
+
+def resolve(rule: UpdateRule, alpha: Mapping[str, Tensor]) -> Theta:
+    """θ(α): the rule's own hyperparameters with names replaced by α's values."""
+    return {key: alpha[value] if isinstance(value, str) else value for key, value in rule.theta.items()}
+
+
+def _decayed(gradient: Tensors, parameters: Tensors, weight_decay: Tensor | float) -> Tensors:
+    if isinstance(weight_decay, float) and weight_decay == 0.0:
+        return gradient
+    return {k: g + weight_decay * parameters[k] for k, g in gradient.items()}
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    # √'(0) = ∞, and ∞·0 = NaN in the chain rule; the inner where keeps the unused branch finite, too.
+    positive = x > 0
+    return torch.where(positive, torch.sqrt(torch.where(positive, x, 1.0)), 0.0)
+
+
+def _check_range(theta: Mapping[str, float | str], **ranges: tuple[float, float | None]) -> None:
+    for name, (low, high) in ranges.items():
+        value = theta[name]
+        if isinstance(value, str):
+            continue
+        if not (value >= low and (high is None or value < high)):
+            rule = f"at least {low}" if high is None else f"in [{low}, {high})"
+            raise ValueError(f"{name} must be {rule}, or the name of a hyperparameter, but got {value}.")
