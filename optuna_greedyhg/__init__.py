@@ -1,0 +1,1 @@
+"""Gradient-based refinement of hyperparameters inside Optuna trials, by greedy hypergradient descent."""

@@ -7,7 +7,7 @@ tensors), which then is every step's batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any
 
@@ -32,7 +32,7 @@ def as_source(batches: Any, name: str) -> Source:
             f"{name} must be an iterable of batches (a DataLoader, a list) or one full batch (a tensor, a tuple of "
             f"tensors, a dictionary), but got {type(batches).__name__}."
         )
-    if hasattr(batches, "__len__") and len(batches) == 0:
+    if isinstance(batches, Sized) and len(batches) == 0:
         raise ValueError(f"{name} must hold at least one batch, but it is empty.")
     return batches
 

@@ -13,6 +13,7 @@ what comes out is the best of those evaluated, the seed among them.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ from optuna_greedyhg.hypergrad.update_rules import UpdateRule, hyperparameter_na
 
 OuterOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Stop = Literal["finished", "patience", "diverged"]
+
+_ADAM = partial(torch.optim.Adam, lr=0.1)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class DescentOptions:
 
     horizon: int = 10
     n_outer_steps: int = 50
-    outer_optimizer: OuterOptimizer = partial(torch.optim.Adam, lr=0.1)
+    outer_optimizer: OuterOptimizer = _ADAM
     evaluate: Protocol | Literal["retrain", "online"] = "retrain"
     evaluate_every: int = 5
     metric: str = "loss"
@@ -92,7 +95,9 @@ class DescentOptions:
         if self.max_hypergradient_norm is not None and not self.max_hypergradient_norm > 0:
             raise ValueError(f"max_hypergradient_norm must be above 0, or None, but got {self.max_hypergradient_norm}.")
         if not isinstance(self.evaluate, Protocol) and self.evaluate not in ("retrain", "online"):
-            raise ValueError(f"evaluate must be 'retrain', 'online', Retrain(n_steps) or Online(), but got {self.evaluate!r}.")
+            raise ValueError(
+                f"evaluate must be 'retrain', 'online', Retrain(n_steps) or Online(), but got {self.evaluate!r}."
+            )
 
     @property
     def protocol(self) -> Retrain | Online:
@@ -109,8 +114,8 @@ class DescentOptions:
     def loss_of(self, evaluation: Evaluation) -> float:
         """The score with the sign of a loss; NaN becomes +inf."""
         score = evaluation.scores[self.metric]
-        if score != score:
-            return float("inf")
+        if math.isnan(score):
+            return math.inf
         return -score if self.maximize else score
 
 
@@ -160,10 +165,14 @@ def descend(
     if not hyperparameters:
         raise ValueError("There must be at least one hyperparameter to refine, but none was declared.")
     if options.metric not in problem.metrics:
-        raise ValueError(f"metric must be one of {problem.metrics}, but got {options.metric!r}; name it in the problem's metrics.")
+        raise ValueError(
+            f"metric must be one of {problem.metrics}, but got {options.metric!r}; name it in the problem's metrics."
+        )
     for name in sorted(hyperparameter_names(update_rule)):
         if name not in hyperparameters:
-            raise ValueError(f"{update_rule} uses the hyperparameter {name!r}, but there are only {sorted(hyperparameters)}.")
+            raise ValueError(
+                f"{update_rule} uses the hyperparameter {name!r}, but there are only {sorted(hyperparameters)}."
+            )
         if hyperparameters[name].init.ndim != 0:
             shape = tuple(hyperparameters[name].init.shape)
             raise ValueError(f"The update rule's hyperparameter {name!r} must be 0-dimensional, but has shape {shape}.")
@@ -188,8 +197,9 @@ def _outer_loop(
     n_outer_steps = 0 if estimator is None else options.n_outer_steps
     seed = _evaluate(products, alpha, state, 0, options)
     best = seed = replace(seed, values={name: h.init for name, h in hyperparameters.items()})
-    nan = float("nan")
-    yield _outer_step(0, seed.values, nan, nan, seed, best, products, "finished" if n_outer_steps == 0 else None)
+    nan = math.nan
+    stopped: Stop | None = "finished" if n_outer_steps == 0 else None
+    yield OuterStep(0, seed.values, nan, nan, seed, best, replace(products.cost), stopped)
     if estimator is None:
         return
 
@@ -206,7 +216,7 @@ def _outer_loop(
                 break
             n_failures += 1
             if last_good is None or n_failures > options.max_failures:
-                yield _outer_step(k, best.values, nan, nan, None, best, products, "diverged")
+                yield OuterStep(k, best.values, nan, nan, None, best, replace(products.cost), "diverged")
                 return
             step_scale /= 2
             state = last_good.state
@@ -221,7 +231,7 @@ def _outer_loop(
         alpha, optimizer_state = outer.step(last_good, step_scale)
 
         evaluated: Evaluation | None = None
-        stopped: Stop | None = "finished" if k == n_outer_steps else None
+        stopped = "finished" if k == n_outer_steps else None
         if k % options.evaluate_every == 0 or k == n_outer_steps:
             evaluated = _evaluate(products, alpha, roll_out.state, k, options)
             improved = options.is_better(evaluated, best)
@@ -230,7 +240,8 @@ def _outer_loop(
             if options.patience is not None and evaluations_since_best >= options.patience and stopped is None:
                 stopped = "patience"
         values = trees.clone(dict(products.values(alpha)))
-        yield _outer_step(k, values, float(roll_out.val_loss), float(norm), evaluated, best, products, stopped)
+        val_loss = float(roll_out.val_loss)
+        yield OuterStep(k, values, val_loss, float(norm), evaluated, best, replace(products.cost), stopped)
         if stopped:
             return
 
@@ -294,19 +305,6 @@ def _evaluate(products: Products, alpha: Tensors, carried: TrainState, k: int, o
     return evaluation.evaluate(products, alpha, carried, k, options.seed)
 
 
-def _outer_step(
-    k: int,
-    values: Tensors,
-    val_loss: float,
-    norm: float,
-    evaluated: Evaluation | None,
-    best: Evaluation,
-    products: Products,
-    stopped: Stop | None,
-) -> OuterStep:
-    return OuterStep(k, values, val_loss, norm, evaluated, best, replace(products.cost), stopped)
-
-
 def _clipped(hypergradient: Tensors, norm: Tensor, max_norm: float | None) -> Tensors:
     if max_norm is None:
         return hypergradient
@@ -318,7 +316,7 @@ def _warn_of_idle(hypergradient: Tensors, estimator: Estimator[Any]) -> None:
     idle = sorted(name for name, x in hypergradient.items() if not bool(x.any()))
     if idle:
         warnings.warn(
-            f"{estimator} sees no effect of the hyperparameters {idle}: their hypergradient is exactly zero. Check that a "
-            "loss or the update rule reads them, and that the estimator looks through the one that does.",
+            f"{estimator} sees no effect of the hyperparameters {idle}: their hypergradient is exactly zero. Check "
+            "that a loss or the update rule reads them, and that the estimator looks through the one that does.",
             stacklevel=3,
         )

@@ -70,10 +70,10 @@ class Positive:
 
 @dataclass(frozen=True)
 class Interval:
-    """Numbers between two bounds, on a linear or a log scale: x = low + (high − low)·σ(z), or the same in log x.
+    """Numbers between two bounds: x = low + (high − low)·σ(z), or the same in log x.
 
     Raises:
-        ValueError: If ``low < high`` does not hold, a bound is not finite, or ``log`` is set and ``low`` is not positive.
+        ValueError: If ``low < high`` does not hold, a bound is not finite, or ``log`` is set with ``low <= 0``.
     """
 
     low: float
@@ -82,7 +82,9 @@ class Interval:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"An interval needs finite bounds with low < high, but got low={self.low}, high={self.high}.")
+            raise ValueError(
+                f"An interval needs finite bounds with low < high, but got low={self.low}, high={self.high}."
+            )
         if self.log and self.low <= 0:
             raise ValueError(f"An interval on a log scale needs a positive low, but got low={self.low}.")
 
@@ -120,15 +122,15 @@ class Hyperparameter:
     def __post_init__(self) -> None:
         if not isinstance(self.init, Tensor) or not self.init.is_floating_point():
             got = self.init.dtype if isinstance(self.init, Tensor) else type(self.init).__name__
-            raise TypeError(f"A hyperparameter starts from a floating point tensor, but got {got}; use torch.tensor(x).")
+            raise TypeError(
+                f"A hyperparameter starts from a floating point tensor, but got {got}; use torch.tensor(x)."
+            )
         self.domain.to_coordinate(self.init)
 
 
 def to_coordinates(hyperparameters: Mapping[str, Hyperparameter], device: torch.device) -> Tensors:
     """The starting point of a descent: every group's coordinate, copied to ``device``."""
-    return {
-        name: h.domain.to_coordinate(h.init.detach().to(device, copy=True)) for name, h in hyperparameters.items()
-    }
+    return {name: h.domain.to_coordinate(h.init.detach().to(device, copy=True)) for name, h in hyperparameters.items()}
 
 
 class Values(Mapping[str, Tensor]):
@@ -149,7 +151,9 @@ class Values(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._domains:
-            raise KeyError(f"No hyperparameter {name!r}; there are {sorted(self._domains)}. Declare it before the loss reads it.")
+            raise KeyError(
+                f"No hyperparameter {name!r}; there are {sorted(self._domains)}. Declare it before the loss reads it."
+            )
         if name not in self._values:
             self._values[name] = self._domains[name].to_value(self._coordinates[name])
         return self._values[name]

@@ -4,8 +4,8 @@ A validation loss read off in the middle of a descent belongs to weights that we
 many different α. It cannot be compared with the value of a black-box trial, whose weights were trained under one. So a
 value comes from a declared protocol:
 
-- :class:`Retrain`: train afresh from w_0 with α fixed for a declared number of steps, then evaluate. What is tuned is α.
-- :class:`Online`: evaluate the weights carried along. What is tuned are these weights, and α was a means.
+- :class:`Retrain`: train afresh from w_0 with α fixed for a declared number of steps, then evaluate. The result is α.
+- :class:`Online`: evaluate the weights carried along. They are the result, and α was a means.
 """
 
 from __future__ import annotations

@@ -158,8 +158,8 @@ class BilevelProblem:
         """The loss and the metrics on the ``"val"`` or ``"test"`` split, without gradients.
 
         Returns:
-            The means over the split's examples by name, and the number of examples seen; nothing and 0 where the problem
-            has no such split.
+            The means over the split's examples by name, and the number of examples seen; nothing and 0 where the
+            problem has no such split.
         """
         source = {"val": self._val_set, "test": self._test_set}[split]
         if source is None:
@@ -171,12 +171,14 @@ class BilevelProblem:
             model = Model(self._eval_module, parameters, buffers, self._constants)
             for batch in source:
                 n = batches.n_examples(batch)
-                batch = batches.to_device(batch, self.device)
+                on_device = batches.to_device(batch, self.device)
                 for name, function in functions.items():
-                    sums[name] = sums[name] + n * function(model, alpha, batch)
+                    sums[name] = sums[name] + n * function(model, alpha, on_device)
                 count += n
         if count == 0:
-            raise RuntimeError(f"{split}_batches ended before the first batch; pass something that can be iterated over again.")
+            raise RuntimeError(
+                f"{split}_batches ended before the first batch; pass something that can be iterated over again."
+            )
         return {name: float(total) / count for name, total in sums.items()}, count
 
 

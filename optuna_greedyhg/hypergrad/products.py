@@ -1,7 +1,7 @@
 """Derivatives of one training step, the only place that calls autograd.
 
-A step is w_t = Φ(w_{t−1}, g, s_{t−1}, θ(α)) with g = ∇_w L_train(w_{t−1}, α). With A_t = ∂(w_t, s_t)/∂(w_{t−1}, s_{t−1})
-and B_t = ∂(w_t, s_t)/∂α, a covector v on (w_t, s_t) is pulled back in two parts: through the update rule, which is
+A step is (w_t, s_t) = Φ(w_{t−1}, g, s_{t−1}, θ(α)) with g = ∇_w L_train(w_{t−1}, α). With
+A_t = ∂(w_t, s_t)/∂(w_{t−1}, s_{t−1}) and B_t = ∂(w_t, s_t)/∂α, a covector v on (w_t, s_t) is pulled back in two parts: through the update rule, which is
 elementwise and cheap, and through the gradient, which is a second derivative of the loss:
 
     u = v·∂Φ/∂g,      v·B = u·∂g/∂α + (v·∂Φ/∂θ)·∂θ/∂α,      v·A = u·∇²_w L_train + v·∂Φ/∂(w, s)
@@ -249,6 +249,6 @@ def _grad(
 def _require_gradient(loss: Tensor, name: str) -> None:
     if not loss.requires_grad:
         raise ValueError(
-            f"{name} must depend on the model's weights through differentiable operations, but its result has no gradient; "
-            "look for .detach(), .item(), torch.no_grad() or a round trip through NumPy."
+            f"{name} must depend on the weights through differentiable operations, but its result has no gradient. "
+            "Look for .detach(), .item(), torch.no_grad() or a round trip through NumPy."
         )

@@ -14,6 +14,7 @@ Tensors = dict[str, Tensor]
 
 
 def zeros_like(tree: Mapping[str, Tensor]) -> Tensors:
+    """0, of the same shapes."""
     return {name: torch.zeros_like(x) for name, x in tree.items()}
 
 
@@ -28,14 +29,17 @@ def leaves(tree: Mapping[str, Tensor]) -> Tensors:
 
 
 def add(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensors:
+    """``x + y``."""
     return {name: x[name] + y[name] for name in x}
 
 
 def sub(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensors:
+    """``x − y``."""
     return {name: x[name] - y[name] for name in x}
 
 
 def scale(factor: float, x: Mapping[str, Tensor]) -> Tensors:
+    """``factor·x``."""
     return {name: factor * x[name] for name in x}
 
 
@@ -51,7 +55,8 @@ def dot(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
 
 def norm(x: Mapping[str, Tensor]) -> Tensor:
     """The Euclidean norm over all entries, a 0-dimensional tensor."""
-    return torch.stack([torch.linalg.vector_norm(t) for t in x.values()]).norm()
+    result: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in x.values()]))
+    return result
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

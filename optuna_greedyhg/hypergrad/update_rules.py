@@ -98,7 +98,7 @@ class Adam:
         d = g + wd·w,   m ← β1·m + (1−β1)·d,   v ← β2·v + (1−β2)·d²,
         w ← w − lr · (m/(1−β1^t)) / (√(v/(1−β2^t)) + ε)
 
-    The derivative of √v is taken as 0 where v = 0 (a weight that never had a gradient), so that it is finite everywhere.
+    The derivative of √v is taken as 0 where v = 0 (a weight that never had a gradient), so that it is finite.
 
     Args:
         lr: Learning rate.
@@ -144,7 +144,7 @@ class Adam:
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay, as ``torch.optim.AdamW``: :class:`Adam` with d = g, and w ← (1 − lr·wd)·w first."""
+    """Adam with decoupled weight decay, as ``torch.optim.AdamW``: d = g, and w ← (1 − lr·wd)·w first."""
 
     weight_decay: float | str = 1e-2
     decoupled: ClassVar[bool] = True

@@ -18,7 +18,7 @@ class Estimator(Protocol[Memory]):
     """
 
     def keeps_graph(self, t: int, horizon: int) -> bool:
-        """Whether ``observe`` or ``estimate`` will want a product of step t right away, from the training step's graph."""
+        """Whether step t will be asked for a product before the next one, from the training step's own graph."""
 
     @property
     def replays(self) -> bool:
