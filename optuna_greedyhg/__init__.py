@@ -1,1 +1,44 @@
 """Gradient-based refinement of hyperparameters inside Optuna trials, by greedy hypergradient descent."""
+
+from optuna_greedyhg.hypergrad.cost import Cost
+from optuna_greedyhg.hypergrad.descent import DescentOptions, OuterStep, descend
+from optuna_greedyhg.hypergrad.domains import Domain, Hyperparameter, Interval, Positive, Unbounded
+from optuna_greedyhg.hypergrad.estimators import Estimator, FirstOrder, Greedy, Reverse
+from optuna_greedyhg.hypergrad.evaluation import Evaluation, Online, Retrain
+from optuna_greedyhg.hypergrad.problem import BilevelProblem
+from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW, UpdateRule
+from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.records import refined_params, refined_weights
+from optuna_greedyhg.trials.refine import refine
+from optuna_greedyhg.trials.sampler import GreedyHGSampler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Alpha",
+    "BilevelProblem",
+    "Cost",
+    "DescentOptions",
+    "Domain",
+    "Estimator",
+    "Evaluation",
+    "FirstOrder",
+    "Greedy",
+    "GreedyHGSampler",
+    "Hyperparameter",
+    "Interval",
+    "Online",
+    "OuterStep",
+    "Positive",
+    "Retrain",
+    "Reverse",
+    "Unbounded",
+    "UpdateRule",
+    "descend",
+    "refine",
+    "refined_params",
+    "refined_weights",
+]

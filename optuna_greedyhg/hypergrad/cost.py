@@ -20,7 +20,7 @@ class Cost:
     n_products: int = 0
     """v·B and v·A, second derivatives of L_train times a vector."""
     n_evaluations: int = 0
-    """Forward passes without a gradient, over the validation or the test split."""
+    """Forward passes over the validation split without a gradient; the test split is nobody's cost."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(

@@ -37,7 +37,7 @@ from optuna_greedyhg.hypergrad.update_rules import UpdateRule, hyperparameter_na
 OuterOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Stop = Literal["finished", "patience", "diverged"]
 
-_ADAM = partial(torch.optim.Adam, lr=0.1)
+ADAM: OuterOptimizer = partial(torch.optim.Adam, lr=0.1)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class DescentOptions:
 
     horizon: int = 10
     n_outer_steps: int = 50
-    outer_optimizer: OuterOptimizer = _ADAM
+    outer_optimizer: OuterOptimizer = ADAM
     evaluate: Protocol | Literal["retrain", "online"] = "retrain"
     evaluate_every: int = 5
     metric: str = "loss"
@@ -192,7 +192,7 @@ def _outer_loop(
     estimator: Estimator[Any] | None,
     options: DescentOptions,
 ) -> Iterator[OuterStep]:
-    alpha = to_coordinates(hyperparameters, products.problem.device)
+    alpha = to_coordinates(hyperparameters, products.problem.device, products.problem.dtype)
     start = state = products.initial_state()
     n_outer_steps = 0 if estimator is None else options.n_outer_steps
     seed = _evaluate(products, alpha, state, 0, options)

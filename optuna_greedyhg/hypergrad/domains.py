@@ -128,9 +128,12 @@ class Hyperparameter:
         self.domain.to_coordinate(self.init)
 
 
-def to_coordinates(hyperparameters: Mapping[str, Hyperparameter], device: torch.device) -> Tensors:
-    """The starting point of a descent: every group's coordinate, copied to ``device``."""
-    return {name: h.domain.to_coordinate(h.init.detach().to(device, copy=True)) for name, h in hyperparameters.items()}
+def to_coordinates(hyperparameters: Mapping[str, Hyperparameter], device: torch.device, dtype: torch.dtype) -> Tensors:
+    """The starting point of a descent: every group's coordinate, as new tensors of one device and dtype."""
+    return {
+        name: h.domain.to_coordinate(h.init.detach().to(device, dtype, copy=True))
+        for name, h in hyperparameters.items()
+    }
 
 
 class Values(Mapping[str, Tensor]):

@@ -29,6 +29,7 @@ class Evaluation:
         alpha: The coordinates of α.
         values: The values of α.
         scores: The validation split's loss and metrics, by name; NaN or infinite where training diverged.
+        test_scores: The same on the test split, to be recorded and never chosen by; empty if there is none.
         state: The weights that were evaluated.
     """
 
@@ -36,6 +37,7 @@ class Evaluation:
     alpha: Tensors
     values: Tensors
     scores: Mapping[str, float]
+    test_scores: Mapping[str, float]
     state: TrainState
 
 
@@ -85,15 +87,10 @@ def train(products: Products, alpha: Tensors, n_steps: int, seed: int) -> TrainS
 
 
 def evaluate(products: Products, alpha: Tensors, state: TrainState, outer_step: int, seed: int) -> Evaluation:
-    """The scores of given weights on the validation split."""
-    values = trees.clone(dict(products.values(alpha)))
-    scores = score(products, "val", values_of=alpha, state=state, seed=seed)
-    return Evaluation(outer_step, alpha, values, scores, state)
-
-
-def score(products: Products, split: str, *, values_of: Tensors, state: TrainState, seed: int) -> dict[str, float]:
-    """The loss and the metrics of one state on a split, ``"val"`` or ``"test"``; empty if there is no such split."""
-    with randomness.seeded(seed, products.problem.device):
-        scores, n = products.problem.evaluate(split, state.parameters, state.buffers, products.values(values_of))
-    products.cost.n_evaluations += n
-    return scores
+    """The scores of given weights. The test split is not part of the method, nor of what it costs."""
+    problem, values = products.problem, products.values(alpha)
+    with randomness.seeded(seed, problem.device):
+        scores, n_examples = problem.evaluate("val", state.parameters, state.buffers, values)
+        test_scores, _ = problem.evaluate("test", state.parameters, state.buffers, values)
+    products.cost.n_evaluations += n_examples
+    return Evaluation(outer_step, alpha, trees.clone(dict(values)), scores, test_scores, state)

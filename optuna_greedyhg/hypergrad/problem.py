@@ -127,9 +127,20 @@ class BilevelProblem:
         return next(iter(self.initial_parameters.values())).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of α: float64 if the weights are, else float32, in which small steps of α are not lost."""
+        return torch.float64 if next(iter(self.initial_parameters.values())).dtype == torch.float64 else torch.float32
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """The names of what an evaluation gives: ``"loss"`` and the user's metrics."""
         return ("loss", *self._metrics)
+
+    def state_dict(self, parameters: Tensors, buffers: Tensors) -> Tensors:
+        """These weights under the names of the module's own ``state_dict``, for ``module.load_state_dict``."""
+        known = self._eval_module.state_dict()
+        current = {**self._constants, **parameters, **buffers}
+        return {name: current.get(name, known[name]) for name in known}
 
     def train_stream(self) -> Stream:
         """A fresh endless stream over the training batches."""

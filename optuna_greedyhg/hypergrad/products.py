@@ -1,8 +1,8 @@
 """Derivatives of one training step, the only place that calls autograd.
 
 A step is (w_t, s_t) = Φ(w_{t−1}, g, s_{t−1}, θ(α)) with g = ∇_w L_train(w_{t−1}, α). With
-A_t = ∂(w_t, s_t)/∂(w_{t−1}, s_{t−1}) and B_t = ∂(w_t, s_t)/∂α, a covector v on (w_t, s_t) is pulled back in two parts: through the update rule, which is
-elementwise and cheap, and through the gradient, which is a second derivative of the loss:
+A_t = ∂(w_t, s_t)/∂(w_{t−1}, s_{t−1}) and B_t = ∂(w_t, s_t)/∂α, a covector v on (w_t, s_t) is pulled back in two parts:
+through the update rule, which is elementwise and cheap, and through the gradient, a second derivative of the loss:
 
     u = v·∂Φ/∂g,      v·B = u·∂g/∂α + (v·∂Φ/∂θ)·∂θ/∂α,      v·A = u·∇²_w L_train + v·∂Φ/∂(w, s)
 

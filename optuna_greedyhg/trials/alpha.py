@@ -1,0 +1,163 @@
+"""Alpha: the refinable hyperparameters of a trial, declared as on the trial itself."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import torch
+from optuna.distributions import FloatDistribution
+from optuna.trial import BaseTrial, Trial
+from torch import Tensor
+
+from optuna_greedyhg.hypergrad.domains import Domain, Hyperparameter, Interval, Unbounded
+from optuna_greedyhg.trials import records
+from optuna_greedyhg.trials.sampler import GreedyHGSampler
+
+_logger = logging.getLogger("optuna.greedyhg")
+
+
+class Alpha:
+    """The hyperparameters α of one trial that gradients may refine.
+
+    Scalars are seeded by the study's sampler, tensors start from a given value:
+
+        >>> alpha = Alpha(trial)
+        >>> alpha.suggest_float("lr", 1e-3, 1.0, log=True)
+        >>> alpha.tensor("example_logits", torch.zeros(1000))
+
+    With :class:`GreedyHGSampler` a scalar is written to the trial when it has been refined; with any other sampler its
+    seed is written at once, and the refined value goes to the trial's attributes.
+
+    Args:
+        trial: A running trial, or a :class:`~optuna.trial.FixedTrial`.
+    """
+
+    def __init__(self, trial: BaseTrial) -> None:
+        self._trial = trial
+        self._hyperparameters: dict[str, Hyperparameter] = {}
+        self._distributions: dict[str, FloatDistribution] = {}
+        self._uncommitted: dict[str, float] = {}
+
+    @property
+    def hyperparameters(self) -> Mapping[str, Hyperparameter]:
+        """All groups by name: where each starts, and the domain it stays in."""
+        return dict(self._hyperparameters)
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """The names of those that the sampler has seeded."""
+        return tuple(self._distributions)
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        """Declares a refinable number in [low, high], as ``trial.suggest_float``, and returns its seed.
+
+        Args:
+            name: A parameter name, unique in the trial.
+            low: Lower end of the range, included.
+            high: Upper end of the range, included.
+            step: Must be ``None``: what moves in steps has no gradient.
+            log: Whether to sample, and refine, on a log scale.
+
+        Raises:
+            ValueError: If the name is taken, a step is given, or the range is empty or a single point.
+        """
+        if step is not None:
+            raise ValueError(
+                f"{name!r} cannot be refined in steps of {step}; use trial.suggest_float, or leave out the step."
+            )
+        self._require_free(name)
+        domain = Interval(low, high, log)
+        distribution = FloatDistribution(low, high, log=log)
+        seed = self._seed(name, distribution)
+        records.write_seed(self._trial, name, seed)
+        self._hyperparameters[name] = Hyperparameter(torch.tensor(seed, dtype=torch.float64), domain)
+        self._distributions[name] = distribution
+        return seed
+
+    def tensor(self, name: str, init: Tensor, domain: Domain | None = None) -> Tensor:
+        """Declares a refinable tensor of any shape, and returns the value it starts from.
+
+        Args:
+            name: A name, unique among the trial's hyperparameters.
+            init: Where every trial starts; floating point.
+            domain: Where its entries may live; all real numbers by default.
+
+        Raises:
+            TypeError: If ``init`` is not a floating point tensor.
+            ValueError: If the name is taken or ``init`` lies outside of ``domain``.
+        """
+        self._require_free(name)
+        self._hyperparameters[name] = Hyperparameter(init, domain or Unbounded())
+        return init
+
+    def commit(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Makes refined scalars the trial's parameters, where its sampler allows it, and returns them as floats.
+
+        They are clipped to their range, in which rounding may not have left them. May be called once.
+        """
+        refined = {}
+        for name, distribution in self._distributions.items():
+            value = float(values[name])
+            if not math.isfinite(value):
+                raise ValueError(f"The refined value of {name!r} must be finite, but got {value}.")
+            refined[name] = min(max(value, distribution.low), distribution.high)
+        for name in list(self._uncommitted):
+            del self._uncommitted[name]
+            self._write(name, refined[name])
+        return refined
+
+    def _seed(self, name: str, distribution: FloatDistribution) -> float:
+        sampler = self._sampler()
+        if sampler is None:
+            return self._trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+        assert isinstance(self._trial, Trial)
+        sampler.settle_with(self._trial, self._settle)
+        seed = records.read_seed(self._trial, name)
+        if seed is not None and not distribution.low <= seed <= distribution.high:
+            _logger.warning(
+                f"Trial {self._trial.number}: its seed {name}={seed} is outside of {distribution}; drawing another."
+            )
+            seed = None
+        if seed is None:
+            seed = sampler.seed(self._trial, name, distribution)
+        self._uncommitted[name] = seed
+        return seed
+
+    def _write(self, name: str, value: float) -> None:
+        sampler = self._sampler()
+        assert sampler is not None
+        assert isinstance(self._trial, Trial)
+        sampler.commit(self._trial, name, value)
+        distribution = self._distributions[name]
+        written = self._trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+        if written != value:
+            _logger.warning(
+                f"Trial {self._trial.number}: {name} stays at its enqueued value {written}, its refined value "
+                f"{value} is in the trial's attributes. To enqueue a seed only, call "
+                f"enqueue_trial({{}}, user_attrs={{'seed_{name}': ...}})."
+            )
+
+    def _settle(self) -> Trial:
+        """Commits the seeds that nobody has refined."""
+        assert isinstance(self._trial, Trial)
+        for name, seed in self._uncommitted.items():
+            self._write(name, seed)
+        self._uncommitted.clear()
+        return self._trial
+
+    def _sampler(self) -> GreedyHGSampler | None:
+        """The study's sampler, if it can draw a seed for this trial without writing it."""
+        if not isinstance(self._trial, Trial):
+            return None
+        sampler = self._trial.study.sampler
+        return sampler if isinstance(sampler, GreedyHGSampler) and sampler.knows(self._trial) else None
+
+    def _require_free(self, name: str) -> None:
+        if name in self._hyperparameters or name in self._trial.params:
+            raise ValueError(
+                f"A hyperparameter's name must be unique in its trial, but {name!r} is taken; choose another."
+            )

@@ -1,0 +1,213 @@
+"""All that is written to a trial, and how it is read back.
+
+User attributes, flat so that the dashboard can sort by them; a number that is not finite is written as ``None``:
+
+    seed_<name>, refined_<name>     the scalars of α before and after refinement
+    val_<metric>, test_<metric>     the best α's scores; ``loss`` and the problem's metrics
+    cost_n_train_gradients, cost_n_val_gradients, cost_n_products, cost_n_evaluations   in examples
+    cost_seconds                    wall-clock time inside ``refine``
+    best_outer_step, n_outer_steps, stopped     where the best α was found, how far it went, and why it ended
+    estimator, protocol             what it was done with
+    trajectory                      the evaluated steps: lists by column, for plots
+    tensors, tensors_artifact       the names of α's tensors, and the id of the artifact that holds them
+
+Tensors are too large for a storage's attributes. They go to an artifact, a file of ``torch.save`` that is loaded with
+``weights_only=True``: ``{"version": 1, "seed": {name: tensor}, "refined": {...}, "weights": {...}}``; the weights are
+there if they are the result (``evaluate="online"``).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from optuna.artifacts import download_artifact, upload_artifact
+from optuna.trial import BaseTrial, FrozenTrial, Trial
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore  # Optuna has no public name for its protocol
+
+SEED, REFINED, COST = "seed_", "refined_", "cost_"
+TRAJECTORY = "trajectory"
+_TENSORS, _TENSORS_ARTIFACT = "tensors", "tensors_artifact"
+_VERSION = 1
+_QUANTILES = (0.1, 0.5, 0.9)
+_TRAJECTORY_LENGTH = 100
+
+_logger = logging.getLogger("optuna.greedyhg")
+
+# The stores that this process has written to, by artifact, so that what a script has stored it can read back without
+# saying again where. They are not kept alive by it.
+_stores: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
+
+def write(trial: BaseTrial, attributes: Mapping[str, Any]) -> None:
+    """Writes user attributes: numbers, strings, and lists of them."""
+    for key, value in attributes.items():
+        trial.set_user_attr(key, plain(value))
+
+
+def plain(value: Any) -> Any:
+    """The value as every storage and every reader of JSON takes it: NaN and infinities become ``None``."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_seed(trial: BaseTrial, name: str, seed: float) -> None:
+    """Writes one seed, as soon as it is drawn: a retry of the trial starts from it."""
+    trial.set_user_attr(SEED + name, seed)
+
+
+def read_seed(trial: BaseTrial, name: str) -> float | None:
+    """The seed that a trial was enqueued or retried with; ``None`` if there is none."""
+    seed = trial.user_attrs.get(SEED + name)
+    return float(seed) if isinstance(seed, (int, float)) and not isinstance(seed, bool) else None
+
+
+class Trajectory:
+    """What an outer step left behind, as columns that fit into one user attribute.
+
+    Columns are ``outer_step``, ``value`` (``None`` on steps that were not evaluated), ``val_loss`` and
+    ``hypergradient_norm`` of the descent itself, one for each scalar of α, and the 10, 50 and 90% quantiles of each of
+    its tensors, ``<name>.q10``. Long descents are thinned to about a hundred steps.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float | None]] = []
+
+    def append(self, outer_step: int, value: float | None, alpha: Mapping[str, Tensor], **numbers: float) -> None:
+        row: dict[str, float | None] = {"outer_step": outer_step, "value": value, **numbers}
+        for name, x in alpha.items():
+            if x.ndim == 0:
+                row[name] = float(x)
+            else:
+                quantiles = torch.quantile(x.detach().double().flatten(), x.new_tensor(_QUANTILES).double())
+                row |= {f"{name}.q{100 * q:.0f}": float(v) for q, v in zip(_QUANTILES, quantiles, strict=True)}
+        self._rows.append(row)
+
+    def columns(self) -> dict[str, list[float | None]]:
+        stride = -(-len(self._rows) // _TRAJECTORY_LENGTH)  # rounded up
+        rows = [row for k, row in enumerate(self._rows) if k % stride == 0 or row["value"] is not None]
+        return {key: [_six_digits(row[key]) for row in rows] for key in (rows[0] if rows else {})}
+
+
+def write_tensors(
+    trial: BaseTrial,
+    artifact_store: ArtifactStore | None,
+    *,
+    seed: Mapping[str, Tensor],
+    refined: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Writes α's tensors, and the weights if they are the result, to an artifact of the trial.
+
+    A store that fails costs the tensors, not the trial: it is logged, and the trial goes on.
+    """
+    if refined:
+        trial.set_user_attr(_TENSORS, list(refined))
+    if artifact_store is None or not isinstance(trial, Trial) or not (refined or weights):
+        return
+    content = {"version": _VERSION, "seed": _on_cpu(seed), "refined": _on_cpu(refined), "weights": _on_cpu(weights)}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tensors.pt"
+            torch.save(content, path)
+            artifact = upload_artifact(
+                artifact_store=artifact_store,
+                file_path=str(path),
+                study_or_trial=trial,
+                mimetype="application/octet-stream",
+            )
+    except Exception as error:  # whatever a store may raise: full, read-only, unreachable
+        _logger.warning(f"Trial {trial.number}: its tensors could not be stored, and are lost: {error!r}")
+        return
+    trial.set_user_attr(_TENSORS_ARTIFACT, artifact)
+    _stores[artifact] = artifact_store
+
+
+def refined_params(trial: FrozenTrial, artifact_store: ArtifactStore | None = None) -> dict[str, float | Tensor]:
+    """The refined hyperparameters of a trial by name: numbers for the scalars, CPU tensors for the tensors.
+
+    Args:
+        trial: A trial that :func:`refine` has worked on, for example ``study.best_trial``.
+        artifact_store: The store that its tensors were written to; not needed in the process that wrote them.
+
+    Raises:
+        ValueError: If the trial was never refined, or its tensors are in a store that was not given.
+    """
+    params: dict[str, float | Tensor] = {
+        key.removeprefix(REFINED): value for key, value in trial.user_attrs.items() if key.startswith(REFINED)
+    }
+    names = trial.user_attrs.get(_TENSORS, [])
+    if not params and not names:
+        raise ValueError(
+            f"Trial {trial.number} has no refined hyperparameters; was its objective's value made by refine()?"
+        )
+    if not names:
+        return params
+    if _TENSORS_ARTIFACT not in trial.user_attrs:
+        warnings.warn(
+            f"The tensors {names} of trial {trial.number} were not stored, and are left out; give refine() an "
+            "artifact_store to keep them.",
+            stacklevel=2,
+        )
+        return params
+    return params | _load(trial, artifact_store)["refined"]
+
+
+def refined_weights(trial: FrozenTrial, artifact_store: ArtifactStore | None = None) -> dict[str, Tensor]:
+    """The weights that a trial of ``evaluate="online"`` has ended with, as a ``state_dict`` of CPU tensors.
+
+    Args:
+        trial: A finished trial.
+        artifact_store: The store that they were written to; not needed in the process that wrote them.
+
+    Raises:
+        ValueError: If the trial has none, or they are in a store that was not given.
+    """
+    weights = _load(trial, artifact_store)["weights"] if _TENSORS_ARTIFACT in trial.user_attrs else {}
+    if not weights:
+        raise ValueError(
+            f"Trial {trial.number} has no stored weights; they are kept with evaluate='online' and an artifact_store."
+        )
+    return weights
+
+
+def _load(trial: FrozenTrial, artifact_store: ArtifactStore | None) -> dict[str, dict[str, Tensor]]:
+    artifact = trial.user_attrs[_TENSORS_ARTIFACT]
+    store = artifact_store or _stores.get(artifact)
+    if store is None:
+        raise ValueError(
+            f"The tensors of trial {trial.number} are in an artifact store; say which with artifact_store=..."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tensors.pt"
+        download_artifact(artifact_store=store, file_path=str(path), artifact_id=artifact)
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    if content.get("version") != _VERSION:
+        raise ValueError(
+            f"The tensors of trial {trial.number} have format version {content.get('version')}, but this release "
+            f"reads version {_VERSION}."
+        )
+    return content
+
+
+def _six_digits(x: float | None) -> float | None:
+    return None if x is None or not math.isfinite(x) else float(f"{x:.6g}")
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().cpu().clone() for name, x in tensors.items()}

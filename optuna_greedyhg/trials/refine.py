@@ -1,0 +1,217 @@
+"""refine(): hypergradient descent inside a trial, under Optuna's pruners and into its storage."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+from optuna import TrialPruned
+from optuna.study import StudyDirection
+from optuna.trial import BaseTrial, Trial
+
+from optuna_greedyhg.hypergrad.descent import ADAM, DescentOptions, OuterOptimizer, OuterStep, descend
+from optuna_greedyhg.hypergrad.estimators import Estimator, Greedy
+from optuna_greedyhg.hypergrad.evaluation import Online, Protocol
+from optuna_greedyhg.hypergrad.problem import BilevelProblem
+from optuna_greedyhg.hypergrad.update_rules import UpdateRule
+from optuna_greedyhg.trials import records
+from optuna_greedyhg.trials.alpha import Alpha
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore  # Optuna has no public name for its protocol
+
+_logger = logging.getLogger("optuna.greedyhg")
+
+Callback = Callable[[BaseTrial, OuterStep], None]
+
+
+def refine(
+    trial: BaseTrial,
+    problem: BilevelProblem,
+    alpha: Alpha,
+    *,
+    update_rule: UpdateRule,
+    estimator: Estimator[Any] | None = Greedy(),
+    horizon: int = 10,
+    n_outer_steps: int = 50,
+    outer_optimizer: OuterOptimizer = ADAM,
+    evaluate: Protocol | Literal["retrain", "online"] = "retrain",
+    evaluate_every: int = 5,
+    metric: str = "loss",
+    patience: int | None = None,
+    restart: bool = False,
+    max_hypergradient_norm: float | None = None,
+    seed: int = 0,
+    artifact_store: ArtifactStore | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> float:
+    """Refines a trial's hyperparameters by hypergradients while the model trains, and returns the trial's value.
+
+    The value is the best score of any α that was evaluated, the seed among them, under one declared protocol. By
+    default, that is the validation loss after training afresh with α fixed for ``horizon·n_outer_steps`` steps; it is
+    the same for a trial with ``estimator=None``, which evaluates its seed and refines nothing.
+
+    On the outer steps 0 (the seed), ``evaluate_every``, 2·``evaluate_every``, ..., the best score so far is reported to
+    the trial, and its pruner is asked. A trial that ends early, pruned or by an error, keeps the best α found until
+    then. A seed whose training diverges gets the worst of all values, infinity, instead of failing.
+
+    Args:
+        trial: A running trial, or a :class:`~optuna.trial.FixedTrial`.
+        problem: Model, losses and batches.
+        alpha: The trial's refinable hyperparameters.
+        update_rule: The inner optimizer.
+        estimator: The hypergradient's estimator; ``None`` refines nothing.
+        horizon: Number of training steps in one outer step.
+        n_outer_steps: Number of outer steps.
+        outer_optimizer: Makes the optimizer that moves α from a list of tensors, for example
+            ``functools.partial(torch.optim.Adam, lr=0.1)``, which is the default.
+        evaluate: ``"retrain"`` or :class:`Retrain`: α is the result. ``"online"`` or :class:`Online`: the weights
+            carried along are.
+        evaluate_every: Number of outer steps between two evaluations.
+        metric: The score that is the trial's value: ``"loss"``, or one of the problem's metrics.
+        patience: Stop after this many evaluations in a row without a new best.
+        restart: Train every horizon from the initial weights, instead of carrying the weights on.
+        max_hypergradient_norm: Scale longer hypergradients down to this norm.
+        seed: Seeds batches, dropout and augmentation; the same in all trials, so that they compare.
+        artifact_store: Keeps the tensors of α, and the weights where they are the result.
+        callbacks: Called as ``callback(trial, outer_step)`` after every outer step.
+
+    Returns:
+        The trial's value.
+
+    Raises:
+        optuna.TrialPruned: If the pruner says so.
+        ValueError: If a setting is out of its range or does not fit the problem, the study has several objectives, or
+            it maximizes a loss.
+    """
+    options = DescentOptions(
+        horizon=horizon,
+        n_outer_steps=n_outer_steps,
+        outer_optimizer=outer_optimizer,
+        evaluate=evaluate,
+        evaluate_every=evaluate_every,
+        metric=metric,
+        maximize=_maximizes(trial, metric),
+        patience=patience,
+        restart=restart,
+        max_hypergradient_norm=max_hypergradient_norm,
+        seed=seed,
+    )
+    descent = descend(problem, alpha.hyperparameters, update_rule=update_rule, estimator=estimator, options=options)
+    records.write(trial, {"estimator": str(estimator), "protocol": str(options.protocol)})
+    recorder = _Recorder(trial, problem, alpha, options, artifact_store)
+    try:
+        for step in descent:
+            recorder.observe(step)
+            if step.evaluation is not None:
+                trial.report(recorder.value, step.index)
+            for callback in callbacks:
+                callback(trial, step)
+            if step.evaluation is not None and step.stopped is None and trial.should_prune():
+                stopped = "pruned"
+                break
+            stopped = step.stopped or ""
+    except BaseException:  # Ctrl-C, too: what was found until now is kept, and the error goes on its way
+        recorder.finish_failed()
+        raise
+    recorder.finish(stopped)
+    if stopped == "pruned":
+        raise TrialPruned(f"Pruned at outer step {step.index} with {metric} {recorder.value:.6g}.")
+    return recorder.value
+
+
+class _Recorder:
+    """Follows a descent, and writes what it has found to the trial when it ends, however it ends."""
+
+    def __init__(
+        self,
+        trial: BaseTrial,
+        problem: BilevelProblem,
+        alpha: Alpha,
+        options: DescentOptions,
+        artifact_store: ArtifactStore | None,
+    ) -> None:
+        self._trial = trial
+        self._problem = problem
+        self._alpha = alpha
+        self._options = options
+        self._artifact_store = artifact_store
+        self._trajectory = records.Trajectory()
+        self._last: OuterStep | None = None
+        self._start = time.perf_counter()
+
+    @property
+    def value(self) -> float:
+        """The best score so far; where even the best is NaN, the worst there is."""
+        assert self._last is not None
+        loss = self._options.loss_of(self._last.best)
+        return -loss if self._options.maximize else loss
+
+    def observe(self, step: OuterStep) -> None:
+        self._last = step
+        score = None if step.evaluation is None else step.evaluation.scores[self._options.metric]
+        self._trajectory.append(
+            step.index, score, step.values, val_loss=step.val_loss, hypergradient_norm=step.hypergradient_norm
+        )
+
+    def finish_failed(self) -> None:
+        """Keeps what can be kept, without getting in the way of the error that has ended the trial."""
+        if self._last is None:
+            return  # nothing was evaluated: the sampler settles the seeds
+        try:
+            self.finish("failed")
+        except Exception:
+            _logger.exception(f"Trial {self._trial.number}: what it had found before it failed could not be written.")
+
+    def finish(self, stopped: str) -> None:
+        """Commits the best α, and writes all that is known about the trial."""
+        assert self._last is not None
+        best = self._last.best
+        refined = self._alpha.commit(best.values)
+        records.write(
+            self._trial,
+            {
+                **{records.REFINED + name: value for name, value in refined.items()},
+                **{f"val_{name}": score for name, score in best.scores.items()},
+                **{f"test_{name}": score for name, score in best.test_scores.items()},
+                **{records.COST + name: n for name, n in asdict(self._last.cost).items()},
+                records.COST + "seconds": time.perf_counter() - self._start,
+                "best_outer_step": best.outer_step,
+                "n_outer_steps": self._last.index,
+                "stopped": stopped,
+                records.TRAJECTORY: self._trajectory.columns(),
+            },
+        )
+        is_tensor = set(best.values) - set(refined)
+        inits = {name: h.init for name, h in self._alpha.hyperparameters.items()}
+        online = isinstance(self._options.protocol, Online)
+        records.write_tensors(
+            self._trial,
+            self._artifact_store,
+            seed={name: x for name, x in inits.items() if name in is_tensor},
+            refined={name: x for name, x in best.values.items() if name in is_tensor},
+            weights=self._problem.state_dict(best.state.parameters, best.state.buffers) if online else {},
+        )
+
+
+def _maximizes(trial: BaseTrial, metric: str) -> bool:
+    """Whether the study wants a large value."""
+    study = trial.study if isinstance(trial, Trial) else None
+    if study is None:
+        return False
+    if len(study.directions) != 1:
+        raise ValueError(
+            f"refine() needs a study with a single objective, but {study.study_name!r} has {len(study.directions)}; "
+            "make one study for each, or combine the objectives in val_loss."
+        )
+    maximizes = study.direction == StudyDirection.MAXIMIZE
+    if maximizes and metric == "loss":
+        raise ValueError(
+            f"The study {study.study_name!r} maximizes, but the trial's value would be a loss, which is minimized; "
+            "create the study with direction='minimize', or name what to maximize: give BilevelProblem a metric, "
+            "metrics={'accuracy': ...}, and refine() metric='accuracy'."
+        )
+    return maximizes

@@ -1,0 +1,164 @@
+"""GreedyHGSampler: any sampler hands out seeds, and learns from what became of them.
+
+A trial's parameter can be written only once, and what is written is what all see: ``best_params``, importances,
+the dashboard, the sampler's next suggestion. So a refinable parameter is drawn from the base sampler as a *seed*
+without being written, refined, and *committed* as the trial's ordinary parameter when its value is known:
+
+    before_trial          remembers the trial
+    seed(trial, ...)      one draw from the base sampler, on behalf of ``Alpha``
+    commit(trial, ...)    makes ``sample_independent`` return the refined value when ``trial.suggest_float`` asks
+    after_trial           commits the seeds of a trial that was never refined, and forgets the trial
+
+Parameters that are suggested on the trial itself reach the base sampler as usual, its relative sampling included. A
+trial that the sampler has not been told of (``before_trial`` was not called) is sampled as by the base sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    check_distribution_compatibility,
+)
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+# Where Optuna keeps the parameters of an enqueued trial.
+_FIXED_PARAMS = "fixed_params"
+
+
+class GreedyHGSampler(BaseSampler):
+    """Draws the seeds of refinable parameters from another sampler, and commits refined values as a trial's parameters.
+
+    Used with :class:`Alpha` and :func:`refine`. The base sampler sees refined parameters with the values that they
+    earned, and so learns where refinement ends well.
+
+    A parameter fixed by ``study.enqueue_trial`` is the seed *and* stays in the trial's parameters, because Optuna lets
+    fixed values win over a sampler's; its refined value is in the trial's attributes. To enqueue a seed only, give it
+    as an attribute: ``study.enqueue_trial({}, user_attrs={"seed_lr": 0.1})``.
+
+    Args:
+        base_sampler: The sampler that draws the seeds and all other parameters; a :class:`~optuna.samplers.TPESampler`
+            by default.
+        seed: Seed of the default base sampler.
+
+    Raises:
+        ValueError: If both ``base_sampler`` and ``seed`` are given.
+    """
+
+    def __init__(self, base_sampler: BaseSampler | None = None, *, seed: int | None = None) -> None:
+        if base_sampler is not None and seed is not None:
+            raise ValueError(
+                f"seed={seed} would have no effect on {base_sampler}; give it to the base sampler instead."
+            )
+        self._base_sampler = TPESampler(seed=seed) if base_sampler is None else base_sampler
+        self._contexts: dict[tuple[str, int], _Context] = {}
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self._base_sampler})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_contexts": {}}  # running trials stay with the process that runs them
+
+    def reseed_rng(self) -> None:
+        self._base_sampler.reseed_rng()
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._contexts[study.study_name, trial.number] = _Context(study, trial)
+        self._base_sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        if self._context(study, trial):
+            return {}  # drawn in _draw, together with the seeds
+        return self._base_sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if self._context(study, trial):
+            return {}
+        return self._base_sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        context = self._context(study, trial)
+        if context is None:
+            return self._base_sampler.sample_independent(study, trial, param_name, param_distribution)
+        if param_name in context.committed:
+            return context.committed[param_name]
+        return self._draw(context, trial, param_name, param_distribution)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        context = self._contexts.pop((study.study_name, trial.number), None)
+        if context is not None and context.settle is not None:
+            self._contexts[study.study_name, trial.number] = context  # settling commits, which needs the context
+            try:
+                settled = context.settle()
+            finally:
+                del self._contexts[study.study_name, trial.number]
+            trial.params, trial.distributions = settled.params, settled.distributions
+        self._base_sampler.after_trial(study, trial, state, values)
+
+    def knows(self, trial: Trial) -> bool:
+        """Whether this sampler has prepared the trial, so that seeds can be drawn without being written."""
+        return (trial.study.study_name, trial.number) in self._contexts
+
+    def seed(self, trial: Trial, name: str, distribution: FloatDistribution) -> float:
+        """Draws a seed from the base sampler, without writing it to the trial. A fixed parameter is its own seed."""
+        context = self._contexts[trial.study.study_name, trial.number]
+        fixed = context.trial.system_attrs.get(_FIXED_PARAMS, {})
+        if name in fixed and _contains(distribution, fixed[name]):
+            return float(fixed[name])
+        if distribution.single():
+            return distribution.low
+        return float(self._draw(context, context.trial, name, distribution))
+
+    def commit(self, trial: Trial, name: str, value: float) -> None:
+        """Makes the next ``trial.suggest_float(name, ...)`` return, and so write, ``value``."""
+        self._contexts[trial.study.study_name, trial.number].committed[name] = value
+
+    def settle_with(self, trial: Trial, settle: Callable[[], Trial]) -> None:
+        """Registers what commits the trial's seeds, should it end without having been refined."""
+        self._contexts[trial.study.study_name, trial.number].settle = settle
+
+    def _context(self, study: Study, trial: FrozenTrial) -> _Context | None:
+        return self._contexts.get((study.study_name, trial.number))
+
+    def _draw(self, context: _Context, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
+        """The base sampler's value for one parameter: from its relative sample, drawn once a trial, or independent."""
+        base = self._base_sampler
+        if context.relative_params is None:
+            context.search_space = base.infer_relative_search_space(context.study, context.trial)
+            context.relative_params = base.sample_relative(context.study, context.trial, context.search_space)
+        if name in context.relative_params:
+            check_distribution_compatibility(context.search_space[name], distribution)
+            if _contains(distribution, context.relative_params[name]):
+                return context.relative_params[name]
+        return base.sample_independent(context.study, trial, name, distribution)
+
+
+@dataclass
+class _Context:
+    """A running trial: the study as the base sampler may see it (one bracket's, under Hyperband) and its seeds."""
+
+    study: Study
+    trial: FrozenTrial
+    search_space: dict[str, BaseDistribution] = field(default_factory=dict)
+    relative_params: dict[str, Any] | None = None
+    committed: dict[str, float] = field(default_factory=dict)
+    settle: Callable[[], Trial] | None = None
+
+
+def _contains(distribution: BaseDistribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, (FloatDistribution, IntDistribution))
+    return bool(distribution.low <= value <= distribution.high)
