@@ -22,6 +22,11 @@ class Cost:
     n_evaluations: int = 0
     """Forward passes over the validation split without a gradient; the test split is nobody's cost."""
 
+    @property
+    def total(self) -> float:
+        """The one number to compare by, in gradients of one example: a product counts as one, an evaluation as a third."""
+        return self.n_train_gradients + self.n_val_gradients + self.n_products + self.n_evaluations / 3
+
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.n_train_gradients + other.n_train_gradients,

@@ -6,11 +6,13 @@ hypergradients are taken and outer steps are made:
 
     Unbounded()                      x = z
     Positive()                       x = exp(z)
-    Interval(low, high)              x = low + (high − low)·σ(z)
-    Interval(low, high, log=True)    x = low·(high/low)^σ(z)
+    Interval(low, high)              x = low + (high − low)·σ(z/10)
+    Interval(low, high, log=True)    x = low·(high/low)^σ(z/10)
 
 An interval is spanned by the same range of z whatever its width, so one outer learning rate serves them all: at the
-middle of an interval, a step of 0.1 in z moves x by 2.5% of the (logarithmic) width.
+middle of an interval, a step of 0.1 in z moves x by 0.25% of the (logarithmic) width. That is slow on purpose. Where in
+its interval a number should be is the sampler's question; what gradients taken online say about it is local, and a
+learning rate that follows them quickly drifts to where it suits the first steps of training.
 
     >>> learning_rate = Hyperparameter(torch.tensor(0.1), Interval(1e-3, 1.0, log=True))
     >>> example_logits = Hyperparameter(torch.zeros(1000))
@@ -29,8 +31,9 @@ from torch import Tensor
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 # Relative distance that a coordinate keeps from the ends of an interval, where σ has no finite inverse. A seed on the
-# end itself is so moved by a millionth of the width, and σ' there is 1e-6, small but not dead in float32.
-_MARGIN = 1e-6
+# end itself is so moved by a ten thousandth of the width.
+_MARGIN = 1e-4
+_SLOWNESS = 10.0
 
 
 @runtime_checkable
@@ -70,7 +73,7 @@ class Positive:
 
 @dataclass(frozen=True)
 class Interval:
-    """Numbers between two bounds: x = low + (high − low)·σ(z), or the same in log x.
+    """Numbers between two bounds: x = low + (high − low)·σ(z/10), or the same in log x.
 
     Raises:
         ValueError: If ``low < high`` does not hold, a bound is not finite, or ``log`` is set with ``low <= 0``.
@@ -90,7 +93,7 @@ class Interval:
 
     def to_value(self, coordinate: Tensor) -> Tensor:
         low, width = self._origin_and_width()
-        position = low + width * torch.sigmoid(coordinate)
+        position = low + width * torch.sigmoid(coordinate / _SLOWNESS)
         return (position.exp() if self.log else position).clamp(self.low, self.high)
 
     def to_coordinate(self, value: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class Interval:
         _require(bool((inside | near).all()), f"within [{self.low}, {self.high}]", value)
         low, width = self._origin_and_width()
         fraction = ((value.log() if self.log else value) - low) / width
-        return torch.logit(fraction.clamp(_MARGIN, 1 - _MARGIN))
+        return _SLOWNESS * torch.logit(fraction.clamp(_MARGIN, 1 - _MARGIN))
 
     def _origin_and_width(self) -> tuple[float, float]:
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
