@@ -38,10 +38,15 @@ class Model:
         self._module = module
         self._parameters = parameters
         self._constants = constants
-        self.buffers = {name: buffer.clone() for name, buffer in buffers.items()} if module.training else buffers
+        # A module in eval mode may hold a BatchNorm that is not.
+        updates = any(part.training for part in module.modules())
+        self.buffers = {name: buffer.clone() for name, buffer in buffers.items()} if updates else buffers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self._module, {**self._parameters, **self._constants, **self.buffers}, args, kwargs)
+        tensors = {**self._parameters, **self._constants, **self.buffers}
+        output = functional_call(self._module, tensors, args, kwargs)
+        self.buffers = {name: tensors[name] for name in self.buffers}  # some modules assign a buffer anew
+        return output
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The current trainable weights, by the names they have in the module."""
@@ -140,6 +145,9 @@ class BilevelProblem:
         """These weights under the names of the module's own ``state_dict``, for ``module.load_state_dict``."""
         known = self._eval_module.state_dict()
         current = {**self._constants, **parameters, **buffers}
+        first_name = {id(p): name for name, p in self._eval_module.named_parameters()}
+        for name, p in self._eval_module.named_parameters(remove_duplicate=False):
+            current[name] = current[first_name[id(p)]]  # tied weights have several names
         return {name: current.get(name, known[name]) for name in known}
 
     def train_stream(self) -> Stream:
@@ -184,7 +192,12 @@ class BilevelProblem:
                 n = batches.n_examples(batch)
                 on_device = batches.to_device(batch, self.device)
                 for name, function in functions.items():
-                    sums[name] = sums[name] + n * function(model, alpha, on_device)
+                    value = function(model, alpha, on_device)
+                    if name == "loss":
+                        _scalar(value, "val_loss")
+                    elif isinstance(value, Tensor):  # a metric may be a plain number
+                        _scalar(value, f"The metric {name!r}")
+                    sums[name] = sums[name] + n * value
                 count += n
         if count == 0:
             raise RuntimeError(
