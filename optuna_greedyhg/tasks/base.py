@@ -1,0 +1,104 @@
+"""What a ready-made task is: a problem on real data, with its hyperparameters and the settings that suit it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from optuna.trial import BaseTrial
+from torch import Tensor
+
+from optuna_greedyhg.hypergrad.descent import OuterStep
+from optuna_greedyhg.hypergrad.estimators import Estimator
+from optuna_greedyhg.hypergrad.evaluation import Online, Retrain
+from optuna_greedyhg.hypergrad.problem import BilevelProblem, Model
+from optuna_greedyhg.hypergrad.update_rules import UpdateRule
+from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.refine import Callback, refine
+
+if TYPE_CHECKING:
+    from optuna.artifacts._protocol import ArtifactStore  # Optuna has no public name for its protocol
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a task's hyperparameters are refined, and the protocol of a trial's value; see :func:`refine`."""
+
+    horizon: int
+    n_outer_steps: int
+    outer_lr: float
+    evaluate: Retrain | Online
+    evaluate_every: int
+
+
+class Task(Protocol):
+    """A problem with train, validation and test splits. Equal seeds of its constructor give equal data and weights."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    settings: ClassVar[Settings]
+    defaults: ClassVar[Mapping[str, float]]
+    """What a user who does not tune would take, for the parameters that a sampler suggests."""
+    diagnostics: ClassVar[tuple[str, ...]]
+    """The names of what ``diagnose`` gives."""
+
+    def define(self, trial: BaseTrial, alpha: Alpha) -> tuple[BilevelProblem, UpdateRule]:
+        """Suggests the trial's parameters, declares those in α, and builds the problem."""
+
+    def diagnose(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Further numbers about refined hyperparameters, which the data's makers know how to judge."""
+
+
+def make_objective(
+    task: Task,
+    *,
+    estimator: Estimator[Any] | None,
+    settings: Settings | None = None,
+    artifact_store: ArtifactStore | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Callable[[BaseTrial], float]:
+    """The objective of a study of one task.
+
+    Args:
+        task: The task.
+        estimator: The hypergradient's estimator; ``None`` makes a trial that evaluates its seed.
+        settings: Instead of the task's own.
+        artifact_store: Keeps the tensors of α.
+        callbacks: Called after every outer step.
+    """
+    chosen = settings or task.settings
+
+    def objective(trial: BaseTrial) -> float:
+        def diagnose(trial: BaseTrial, step: OuterStep) -> None:
+            if step.evaluation is step.best:
+                for name, value in task.diagnose(step.best.values).items():
+                    trial.set_user_attr(name, value)
+
+        alpha = Alpha(trial)
+        problem, update_rule = task.define(trial, alpha)
+        return refine(
+            trial,
+            problem,
+            alpha,
+            update_rule=update_rule,
+            estimator=estimator,
+            horizon=chosen.horizon,
+            n_outer_steps=chosen.n_outer_steps,
+            outer_optimizer=partial(torch.optim.Adam, lr=chosen.outer_lr),
+            evaluate=chosen.evaluate,
+            evaluate_every=chosen.evaluate_every,
+            artifact_store=artifact_store,
+            callbacks=[diagnose, *callbacks],
+        )
+
+    return objective
+
+
+def accuracy(model: Model, alpha: Mapping[str, Tensor], batch: tuple[Tensor, ...]) -> Tensor:
+    """The share of examples whose largest logit is that of their class."""
+    images, labels, *_ = batch
+    predictions: Tensor = model(images).argmax(dim=1)
+    return (predictions == labels).double().mean()
