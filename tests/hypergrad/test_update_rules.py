@@ -1,5 +1,4 @@
 import copy
-from itertools import islice
 
 import pytest
 import torch
@@ -85,10 +84,10 @@ def test_numbers_out_of_range_are_refused(make, message):
         make()
 
 
-def test_reference_trains_at_all():
+def test_the_reference_trains_at_all():
     """Guards the reference: weights that stood still would agree with anything that stands still."""
     case = Case(SPECIMENS["minibatches"](), UPDATE_RULES["SGD"])
-    first, second = islice(by_torch_optim(case, case.alpha(), 2), 2)
+    (module,) = by_torch_optim(case, case.alpha(), n_steps=1)
     start = dict(case.specimen.module.named_parameters())
-    assert all(not torch.equal(p, start[name]) for name, p in second.named_parameters())
-    assert first is second  # the generator yields the module in training, so comparisons must be made at once
+    for name, p in module.named_parameters():
+        assert float((p - start[name]).abs().max()) > 1e-4, name

@@ -1,0 +1,275 @@
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from optuna_greedyhg.hypergrad import randomness
+from optuna_greedyhg.hypergrad.cost import Cost
+from optuna_greedyhg.hypergrad.domains import Hyperparameter
+from optuna_greedyhg.hypergrad.estimators import FirstOrder, Greedy, Reverse
+from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW
+from tests import reference
+from tests.problems import (
+    CPU,
+    ISOTROPIC_MIXING,
+    ISOTROPIC_SLOPE,
+    N_EXAMPLES,
+    SPECIMENS,
+    UPDATE_RULES,
+    Case,
+    Specimen,
+    bowl,
+    classification,
+    float64,
+    isotropic,
+    with_numbers,
+)
+from tests.reference import assert_agree, central_differences
+
+SEED = 5
+EVERY_RULE = pytest.mark.parametrize("rule", UPDATE_RULES.values(), ids=UPDATE_RULES.keys())
+EVERY_CASE = pytest.mark.parametrize(
+    ("rule", "specimen"),
+    [
+        pytest.param(UPDATE_RULES[rule], make, id=f"{rule}-{name}")
+        for rule, (name, make) in product(UPDATE_RULES, SPECIMENS.items())
+    ],
+)
+EVERY_WINDOW = pytest.mark.parametrize(("n_warm", "horizon"), [(0, 3), (4, 5), (2, 1)], ids=str)
+
+
+def fold(estimator, case, horizon, n_warm=0, alpha=None):
+    """The estimator's value over a horizon that starts ``n_warm`` steps into training, and what it has cost."""
+    products, alpha = case.products(), case.alpha() if alpha is None else alpha
+    memory, state = estimator.init(alpha), case.state_after(n_warm)
+    with randomness.seeded(SEED, CPU):
+        for t in range(1, horizon + 1):
+            keep = estimator.keeps_graph(t, horizon)
+            batch = case.train_batch(n_warm + t - 1)
+            step = products.step(state, alpha, batch, keep_graph=keep, replayable=estimator.replays)
+            memory, state = estimator.observe(memory, step), step.after
+        return estimator.estimate(memory, step), products.cost
+
+
+class TestReverse:
+    @EVERY_WINDOW
+    @EVERY_CASE
+    def test_it_agrees_with_autograd_through_all_the_steps(self, rule, specimen, n_warm, horizon):
+        case = Case(specimen(), rule)
+        expected = reference.exact(case, case.state_after(n_warm), case.alpha(), n_warm, horizon, SEED)
+        estimate, _ = fold(Reverse(), case, horizon, n_warm)
+        zero = [name for name, x in expected.items() if not x.any()]
+        for name in zero:  # the momentum, in a first step
+            assert not estimate.pop(name).any()
+            del expected[name]
+        assert_agree(estimate, expected, rtol=1e-8)
+
+    @EVERY_RULE
+    def test_it_agrees_with_differences_of_whole_trainings_by_torch_optim(self, rule):
+        case = Case(SPECIMENS["minibatches"](), rule)
+        expected = central_differences(lambda z: reference.val_loss_by_torch_optim(case, z, n_steps=6), case.alpha())
+        assert_agree(fold(Reverse(), case, horizon=6)[0], expected, rtol=1e-6)
+
+    @EVERY_RULE
+    def test_it_agrees_when_only_the_losses_read_alpha(self, rule):
+        case = Case(SPECIMENS["dropout"](), with_numbers(rule))
+        expected = reference.exact(case, case.state_after(4), case.alpha(), 4, 5, SEED)
+        assert_agree(fold(Reverse(), case, horizon=5, n_warm=4)[0], expected, rtol=1e-8)
+
+
+class TestGreedy:
+    @pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
+    @EVERY_CASE
+    def test_it_agrees_with_the_discounted_sum_term_by_term(self, rule, specimen, gamma):
+        case = Case(specimen(), rule)
+        n_warm, horizon = 4, 5
+        start, n_val = case.state_after(n_warm), horizon - 1 if gamma == 0.0 else 0
+        # T1–T2 looks at one validation batch only, which therefore is the first.
+        expected, _ = reference.greedy(case, start, case.alpha(), n_warm, horizon, gamma, SEED, n_val=-n_val)
+        assert_agree(fold(Greedy(gamma), case, horizon, n_warm)[0], expected, rtol=1e-8)
+
+    @EVERY_RULE
+    def test_a_vanishing_gamma_is_t1_t2(self, rule):
+        case = Case(SPECIMENS["full-batch"](), rule)
+        vanishing, zero = (fold(Greedy(gamma), case, horizon=6, n_warm=3)[0] for gamma in (1e-14, 0.0))
+        assert_agree(vanishing, zero, rtol=1e-11)  # earlier terms are up to a hundred times the last
+
+    @pytest.mark.parametrize("lr", [0.05, 0.2, 0.9])
+    def test_it_is_exact_on_an_isotropic_quadratic_with_a_constant_validation_gradient(self, lr):
+        case = Case(isotropic(), SGD(lr=lr))
+        expected = reference.exact(case, case.state_after(3), case.alpha(), 3, 20, SEED)
+        assert_agree(fold(Greedy(1 - lr), case, horizon=20, n_warm=3)[0], expected, rtol=1e-9)
+        closed = ISOTROPIC_SLOPE @ ISOTROPIC_MIXING * case.alpha()["angle"].cos() * (1 - (1 - lr) ** 20)
+        assert_agree(expected, {"angle": closed}, rtol=1e-9)
+
+    def test_another_gamma_is_not_exact_there(self):
+        case = Case(isotropic(), SGD(lr=0.2))
+        exact, wrong = (fold(estimator, case, horizon=20)[0]["angle"] for estimator in (Reverse(), Greedy(0.9)))
+        assert float((wrong - exact).norm() / exact.norm()) > 0.5
+
+
+def test_first_order_is_the_direct_gradient_at_the_end():
+    case = Case(SPECIMENS["minibatches"](), UPDATE_RULES["momentum"])
+    estimate, _ = fold(FirstOrder(), case, horizon=4)
+    z = case.alpha()["penalties"].requires_grad_()
+    (direct,) = torch.autograd.grad((z.exp() ** 2).sum(), z)
+    torch.testing.assert_close(estimate.pop("penalties"), direct)
+    assert not any(x.any() for x in estimate.values())
+
+
+class TestBugsOfOthers:
+    """What went wrong in other packages, each with numbers that show it."""
+
+    @pytest.mark.parametrize("estimator", [Greedy(0.0), Greedy(0.9), Reverse()], ids=str)
+    def test_every_entry_of_a_vector_has_its_own_derivative(self, estimator):
+        """One number, broadcast to the whole of α."""
+        case = Case(isotropic(), SGD(lr=0.2))
+        estimate = fold(estimator, case, horizon=8)[0]["angle"]
+        profile = ISOTROPIC_SLOPE @ ISOTROPIC_MIXING * case.alpha()["angle"].cos()
+        torch.testing.assert_close(estimate / estimate[0], profile / profile[0])
+
+    @pytest.mark.parametrize("lr", [0.1, 0.2])
+    def test_b_holds_the_learning_rate(self, lr):
+        """The learning rate, left out of B."""
+        case = Case(isotropic(), SGD(lr=lr))
+        expected = lr * (ISOTROPIC_SLOPE @ ISOTROPIC_MIXING) * case.alpha()["angle"].cos()
+        assert_agree(fold(Greedy(0.0), case, horizon=3)[0], {"angle": expected}, rtol=1e-12)
+
+    @pytest.mark.parametrize("horizon", [1, 4])
+    def test_b_is_taken_before_the_step(self, horizon):
+        """B taken at w_T, where it would be smaller by a factor of 1 − lr."""
+        expected = -0.25 * 2.0 * 0.75 ** (horizon - 1)
+        estimate, _ = fold(Greedy(0.0), Case(bowl(start=2.0), SGD(lr=0.25)), horizon)
+        torch.testing.assert_close(estimate["curvature"], float64(expected))
+
+    def test_the_optimizer_state_goes_on_from_step_to_step(self):
+        """Momentum that starts from zero at each step: then its derivative −lr·v·m_{t−1} would be zero."""
+        case = Case(isotropic(), SGD(lr=0.1, momentum="momentum"))
+        w = case.specimen.module.w.detach()
+        goal = ISOTROPIC_MIXING @ case.alpha()["angle"].sin()
+        mu = float(case.hyperparameters["momentum"].init)
+        m = w - goal
+        m = mu * m + (w - 0.1 * m - goal)  # the momentum after two steps
+        d_mu = central_differences(lambda z: float(case.values(z)["momentum"]), case.alpha())["momentum"]
+        estimate, _ = fold(Greedy(0.0), case, horizon=3)
+        assert_agree({"mu": estimate["momentum"]}, {"mu": -0.1 * (ISOTROPIC_SLOPE @ m) * d_mu}, rtol=1e-8)
+
+    @pytest.mark.parametrize("estimator", [Greedy(0.9), Reverse()], ids=str)
+    @pytest.mark.parametrize("horizon", [1, 2, 3])
+    def test_every_step_has_its_own_batch(self, estimator, horizon):
+        """One batch for all steps: examples of the later ones would have no derivative."""
+        sizes = (4, 3, 5)
+        case = Case(classification(batch_sizes=sizes), SGD(lr=0.1))
+        estimate = fold(estimator, case, horizon)[0]["example_logits"]
+        seen = sum(sizes[:horizon])
+        assert estimate[:seen].all()
+        assert not estimate[seen:].any()
+
+    @pytest.mark.parametrize("estimator", [Greedy(0.0), Greedy(0.9), Reverse()], ids=str)
+    def test_a_validation_loss_may_leave_alpha_alone(self, estimator):
+        """Failure where L_val does not depend on α; and as the direct gradient adds up, it is no more than that."""
+        specimen = classification()
+        silent = replace(
+            specimen, val_loss=lambda model, alpha, batch: torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+        )
+        with_direct, without = (fold(estimator, Case(s, SGD(lr=0.1)), horizon=4)[0] for s in (specimen, silent))
+        direct, _ = fold(FirstOrder(), Case(specimen, SGD(lr=0.1)), horizon=4)
+        assert_agree({n: without[n] + direct[n] for n in without}, with_direct, rtol=1e-12)
+        assert float(without["penalties"].abs().min()) > 0
+
+    @pytest.mark.parametrize("rule", [Adam(lr=0.1, betas=(0.9, "beta2")), AdamW(lr=0.1, betas=(0.9, "beta2"))], ids=str)
+    def test_beta2_reaches_the_weights_through_both_of_its_places(self, rule):
+        """β2's gradient, cut in the bias correction or in the second moment."""
+        case = Case(SPECIMENS["minibatches"](), rule)
+        expected = central_differences(lambda z: reference.val_loss_by_torch_optim(case, z, n_steps=4), case.alpha())
+        assert_agree(fold(Reverse(), case, horizon=4)[0], expected, rtol=1e-6)
+
+
+class Idle(torch.nn.Module):
+    """A module beside weights that no output depends on."""
+
+    def __init__(self, module: torch.nn.Module, idle: float) -> None:
+        super().__init__()
+        self.module = module
+        self.idle = torch.nn.Parameter(float64(idle, idle))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+
+def with_idle_weights(specimen: Specimen, idle: float) -> Specimen:
+    def train_loss(model, alpha, batch):
+        x, y, index = batch
+        losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        return (torch.sigmoid(alpha["example_logits"][index]) * losses).mean()
+
+    def val_loss(model, alpha, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    module = specimen.module if idle is None else Idle(specimen.module, idle)
+    logits = {"example_logits": specimen.hyperparameters["example_logits"]}
+    return replace(specimen, module=module, train_loss=train_loss, val_loss=val_loss, hyperparameters=logits)
+
+
+@pytest.mark.parametrize("estimator", [Greedy(0.9), Reverse()], ids=str)
+@pytest.mark.parametrize("idle", [0.0, 1.5])
+@pytest.mark.parametrize("rule", UPDATE_RULES.values(), ids=UPDATE_RULES.keys())
+def test_weights_that_never_get_a_gradient_change_nothing(rule, idle, estimator):
+    with_idle = fold(estimator, Case(with_idle_weights(classification(), idle), rule), horizon=5)[0]
+    without = fold(estimator, Case(with_idle_weights(classification(), None), rule), horizon=5)[0]
+    assert_agree(with_idle, without, rtol=1e-10)
+
+
+class TestCost:
+    """Counts of examples, with batches of 4, 3, 5, 4, 3 in training and 3, 5, 3, 5, 3 in validation."""
+
+    @pytest.mark.parametrize(
+        ("estimator", "expected"),
+        [
+            (FirstOrder(), Cost(n_train_gradients=19, n_val_gradients=3)),
+            (Greedy(0.0), Cost(n_train_gradients=19, n_val_gradients=3, n_products=3)),
+            (Greedy(0.9), Cost(n_train_gradients=19, n_val_gradients=19, n_products=19)),
+            (Reverse(), Cost(n_train_gradients=2 * 19, n_val_gradients=3, n_products=2 * 19 - 4)),
+        ],
+        ids=str,
+    )
+    def test_of_hyperparameters_in_the_training_loss(self, estimator, expected):
+        assert fold(estimator, Case(SPECIMENS["minibatches"](), UPDATE_RULES["Adam"]), horizon=5)[1] == expected
+
+    @pytest.mark.parametrize(
+        ("estimator", "expected"),
+        [
+            (Greedy(0.9), Cost(n_train_gradients=5, n_val_gradients=5)),
+            (Reverse(), Cost(n_train_gradients=5 + 4, n_val_gradients=1, n_products=4)),
+        ],
+        ids=str,
+    )
+    def test_products_of_the_update_rules_own_hyperparameters_are_free(self, estimator, expected):
+        specimen = replace(bowl(), train_loss=lambda model, alpha, _: 0.5 * model() ** 2, hyperparameters={})
+        assert fold(estimator, Case(specimen, UPDATE_RULES["momentum"]), horizon=5)[1] == expected
+
+    def test_costs_add_up(self):
+        assert Cost(1, 2, 3, 4) + Cost(10, 20, 30, 40) == Cost(11, 22, 33, 44)
+
+
+@pytest.mark.parametrize("gamma", [-0.1, 1.1, float("nan")])
+def test_a_decay_out_of_range_is_refused(gamma):
+    with pytest.raises(ValueError, match=rf"gamma must be in \[0, 1\], but got {gamma}"):
+        Greedy(gamma=gamma)
+
+
+def test_hyperparameters_of_any_shape_have_derivatives_of_that_shape():
+    specimen = classification()
+    shaped = replace(
+        specimen,
+        train_loss=lambda model, alpha, batch: specimen.train_loss(
+            model, {"example_logits": alpha["grid"].reshape(-1), "penalties": alpha["penalties"]}, batch
+        ),
+        hyperparameters={
+            "grid": Hyperparameter(specimen.hyperparameters["example_logits"].init.reshape(3, N_EXAMPLES // 3)),
+            "penalties": specimen.hyperparameters["penalties"],
+        },
+    )
+    flat, grid = (fold(Reverse(), Case(s, UPDATE_RULES["Adam"]), horizon=4)[0] for s in (specimen, shaped))
+    torch.testing.assert_close(grid["grid"].reshape(-1), flat["example_logits"])

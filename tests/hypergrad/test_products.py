@@ -1,0 +1,187 @@
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from optuna_greedyhg.hypergrad import randomness
+from optuna_greedyhg.hypergrad.products import Covector, TrainState
+from optuna_greedyhg.hypergrad.update_rules import SGD, Adam
+from tests.problems import CPU, SPECIMENS, UPDATE_RULES, Case, bowl, float64, with_numbers
+from tests.reference import assert_agree, central_differences
+
+SEED = 5
+N_WARM = 4
+CASES = {
+    f"{rule}-{specimen}": (rule, specimen)
+    for rule, specimen in [*product(UPDATE_RULES, ["minibatches"]), *product(["momentum", "Adam"], SPECIMENS)]
+}
+EVERY_CASE = pytest.mark.parametrize(("rule", "specimen"), CASES.values(), ids=CASES.keys())
+GRAPHS = ({"keep_graph": True}, {"replayable": True})
+
+
+def step_of(case, state, alpha, **graph):
+    """One more step from ``state``, after which other random numbers are drawn."""
+    with randomness.seeded(SEED, CPU):
+        return case.products().step(state, alpha, case.train_batch(N_WARM), **graph)
+
+
+def random_covector(state):
+    generator = torch.Generator().manual_seed(11)
+
+    def like(tree):
+        return {name: torch.randn(x.shape, generator=generator, dtype=torch.float64) for name, x in tree.items()}
+
+    return Covector(like(state.parameters), {kind: like(tree) for kind, tree in state.slots.items()})
+
+
+def paired(v, state):
+    """v·(w, s)."""
+    pairs = [(v.parameters, state.parameters), *((v.slots[kind], state.slots[kind]) for kind in v.slots)]
+    return float(sum((x[name] * y[name]).sum() for x, y in pairs for name in x))
+
+
+@EVERY_CASE
+def test_v_times_b_agrees_with_central_differences(rule, specimen):
+    case = Case(SPECIMENS[specimen](), UPDATE_RULES[rule])
+    alpha, state = case.alpha(), case.state_after(N_WARM)
+    v = random_covector(state)
+    expected = central_differences(lambda z: paired(v, step_of(case, state, z).after), alpha)
+    for graph in GRAPHS:
+        assert_agree(step_of(case, state, alpha, **graph).times_b(v), expected, rtol=1e-6)
+
+
+@EVERY_CASE
+def test_v_times_a_agrees_with_central_differences_on_weights_and_optimizer_state(rule, specimen):
+    case = Case(SPECIMENS[specimen](), UPDATE_RULES[rule])
+    alpha, state = case.alpha(), case.state_after(N_WARM)
+    v = random_covector(state)
+
+    def after(parameters, slots):
+        moved = TrainState(parameters, state.buffers, slots, state.n_steps)
+        return paired(v, step_of(case, moved, alpha).after)
+
+    of_weights = central_differences(lambda w: after(w, state.slots), state.parameters)
+    of_slots = {}
+    for kind, slot in state.slots.items():
+        # Second moments are positive and small: they are moved by a part of themselves.
+        h = {name: 1e-3 * x for name, x in slot.items()} if kind == "exp_avg_sq" else 1e-3
+        of_slots[kind] = central_differences(lambda s, k=kind: after(state.parameters, {**state.slots, k: s}), slot, h)
+    for graph in GRAPHS:
+        v_a, v_b = step_of(case, state, alpha, **graph).times_ab(v)
+        assert_agree(v_a.parameters, of_weights, rtol=1e-6)
+        assert v_a.slots.keys() == of_slots.keys()
+        for kind, expected in of_slots.items():
+            assert_agree(v_a.slots[kind], expected, rtol=1e-6)
+        assert_agree(v_b, step_of(case, state, alpha, **graph).times_b(v), rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", UPDATE_RULES.values(), ids=UPDATE_RULES.keys())
+def test_products_agree_when_only_the_losses_read_alpha(rule):
+    case = Case(SPECIMENS["full-batch"](), with_numbers(rule))
+    alpha, state = case.alpha(), case.state_after(N_WARM)
+    v = random_covector(state)
+    expected = central_differences(lambda z: paired(v, step_of(case, state, z).after), alpha)
+    assert_agree(step_of(case, state, alpha, keep_graph=True).times_b(v), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", UPDATE_RULES.values(), ids=UPDATE_RULES.keys())
+def test_products_agree_when_only_the_update_rule_reads_alpha(rule):
+    specimen = SPECIMENS["full-batch"]()
+    fixed = {name: h.init for name, h in specimen.hyperparameters.items()}
+
+    def train_loss(model, alpha, batch):
+        return specimen.train_loss(model, fixed, batch)
+
+    case = Case(replace(specimen, train_loss=train_loss, hyperparameters={}), rule)
+    alpha, state = case.alpha(), case.state_after(N_WARM)
+    v = random_covector(state)
+    expected = central_differences(lambda z: paired(v, step_of(case, state, z).after), alpha)
+    step = step_of(case, state, alpha, keep_graph=True)
+    assert_agree(step.times_b(v), expected, rtol=1e-6)
+    assert_agree(step.times_ab(v)[1], expected, rtol=1e-6)
+
+
+def test_a_second_product_of_one_step_is_made_from_its_replay():
+    case = Case(SPECIMENS["dropout"](), UPDATE_RULES["momentum"])
+    step = step_of(case, case.state_after(N_WARM), case.alpha(), keep_graph=True, replayable=True)
+    v = random_covector(step.after)
+    assert_agree(step.times_b(v), step.times_b(v), rtol=0.0)
+
+
+@pytest.mark.parametrize("graph", GRAPHS, ids=["kept", "replayable"])
+@pytest.mark.parametrize("specimen", ["dropout", "batchnorm"])
+def test_a_step_ends_in_the_same_state_whatever_is_kept_of_it(specimen, graph):
+    case = Case(SPECIMENS[specimen](), UPDATE_RULES["Adam"])
+    alpha, state = case.alpha(), case.state_after(N_WARM)
+    after, plain = step_of(case, state, alpha, **graph).after, step_of(case, state, alpha).after
+    torch.testing.assert_close(after.parameters, plain.parameters)
+    torch.testing.assert_close(after.buffers, plain.buffers)
+    torch.testing.assert_close(after.slots, plain.slots)
+    assert not any(x.requires_grad for x in (*after.parameters.values(), *after.buffers.values()))
+
+
+def test_dropout_masks_matter_to_the_products():
+    """Guards the replay's tests: a mask without an effect would agree with any other."""
+    case = Case(SPECIMENS["dropout"](), UPDATE_RULES["momentum"])
+    alpha, state = case.alpha(), case.state_after(N_WARM)
+    with randomness.seeded(SEED + 1, CPU):
+        other = case.products().step(state, alpha, case.train_batch(N_WARM), replayable=True)
+    v = random_covector(state)
+    here = step_of(case, state, alpha, replayable=True).times_b(v)["example_logits"]
+    assert float((other.times_b(v)["example_logits"] - here).abs().max()) > 1e-2 * float(here.abs().max())
+
+
+@pytest.mark.parametrize("specimen", SPECIMENS)
+def test_validation_agrees_with_the_users_module_and_draws_batch_after_batch(specimen):
+    case = Case(SPECIMENS[specimen](), with_numbers(UPDATE_RULES["SGD"]))
+    products, alpha = case.products(), case.alpha()
+    state = products.initial_state()
+    for t in range(4):
+        step = products.step(state, alpha, case.train_batch(t))
+        state = step.after
+        module = case.specimen.module.eval()
+        module.load_state_dict({**state.parameters, **state.buffers})
+        z = {name: x.clone().requires_grad_() for name, x in alpha.items()}
+        loss = case.specimen.val_loss(module, case.values(z), case.val_batch(t))
+        weights = dict(module.named_parameters())
+        gradients = torch.autograd.grad(loss, [*weights.values(), z["penalties"]])
+        for _ in range(2):  # asked for twice, it is the same batch's
+            validation = step.validation()
+            torch.testing.assert_close(validation.loss, loss.detach())
+            assert_agree(validation.gradient, dict(zip(weights, gradients[:-1], strict=True)), rtol=1e-12)
+            torch.testing.assert_close(validation.direct["penalties"], gradients[-1])
+            torch.testing.assert_close(validation.direct["example_logits"], torch.zeros(12).double())
+
+
+def test_b_is_taken_at_the_weights_before_the_step():
+    case = Case(bowl(start=2.0), SGD(lr=0.25))  # w_1 = (1 − lr)·2 = 1.5
+    products, alpha = case.products(), case.alpha()
+    step = products.step(products.initial_state(), alpha, 0, keep_graph=True)
+    torch.testing.assert_close(step.after.parameters["w"], float64(1.5))
+    torch.testing.assert_close(step.times_b(Covector({"w": float64(1.0)}))["curvature"], float64(-0.25 * 2.0))
+
+
+def test_a_gradient_that_is_constant_has_a_product_of_zero():
+    specimen = replace(bowl(), train_loss=lambda model, alpha, _: 3 * model() + alpha["curvature"])
+    case = Case(specimen, SGD(lr="lr"))
+    products, alpha = case.products(), case.alpha()
+    v_a, v_b = products.step(products.initial_state(), alpha, 0, keep_graph=True).times_ab(
+        Covector({"w": float64(2.0)})
+    )
+    torch.testing.assert_close(v_a.parameters["w"], float64(2.0))
+    torch.testing.assert_close(v_b["curvature"], float64(0.0))
+    d_lr = central_differences(lambda z: 2.0 * float(2.0 - case.values(z)["lr"] * 3.0), {"lr": alpha["lr"], **alpha})
+    torch.testing.assert_close(v_b["lr"], d_lr["lr"], rtol=1e-8, atol=0.0)
+
+
+@pytest.mark.parametrize("rule", [SGD(lr="lr"), Adam(lr="lr")], ids=str)
+def test_a_covector_that_leaves_out_the_optimizer_state_is_zero_there(rule):
+    case = Case(SPECIMENS["full-batch"](), rule)
+    alpha, state = case.alpha(), case.state_after(N_WARM)
+    v = random_covector(state)
+    zeros = {kind: {name: torch.zeros_like(x) for name, x in tree.items()} for kind, tree in v.slots.items()}
+    left_out = step_of(case, state, alpha, replayable=True).times_ab(Covector(v.parameters))
+    explicit = step_of(case, state, alpha, replayable=True).times_ab(Covector(v.parameters, zeros))
+    assert_agree(left_out[0].parameters, explicit[0].parameters, rtol=1e-14)
+    assert_agree(left_out[1], explicit[1], rtol=1e-14)
