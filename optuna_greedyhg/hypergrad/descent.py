@@ -287,7 +287,7 @@ class _Outer:
 
     def step(self, point: _Point, scale: float) -> tuple[Tensors, dict[str, Any]]:
         """α after one step from ``point``, its length times ``scale``; and the optimizer's state after it."""
-        self._optimizer.load_state_dict(point.optimizer_state)
+        self._optimizer.load_state_dict(copy.deepcopy(point.optimizer_state))  # it keeps and mutates what it loads
         with torch.no_grad():
             for name, leaf in self._leaves.items():
                 leaf.copy_(point.alpha[name])
