@@ -1,0 +1,169 @@
+"""One HTML page about some studies, which needs nothing else: no other file, no network, no server.
+
+The page's content security policy makes the browser see to that, whatever plotly.js has in it.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+import optuna
+import plotly.graph_objects as go
+from optuna.trial import FrozenTrial, TrialState
+
+from optuna_greedyhg.report import theme
+from optuna_greedyhg.report.figures import alpha_trajectories, optimization_history, seed_to_refined
+from optuna_greedyhg.report.history import history
+from optuna_greedyhg.report.summary import MethodSummary
+from optuna_greedyhg.report.table import summary_table
+from optuna_greedyhg.report.trajectory import course_of
+
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_CONFIG = {"displayModeBar": False, "responsive": True}
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    intro: str,
+    studies: Mapping[str, optuna.Study],
+    summaries: Sequence[MethodSummary],
+    footer: str = "",
+) -> None:
+    """Writes a page that compares studies: a table of methods, what they found at what cost, and how α moved.
+
+    Studies may still be running. The file is replaced at once when the page is complete, so that a reader, or a disk
+    that is full, never leaves half of it. All text is plain; what looks like HTML in it is shown, not obeyed.
+
+    Args:
+        path: Where to write the page; about 5 MB, most of it plotly.js.
+        title: Heading, and title in the browser.
+        intro: A sentence or two on what was compared and how; paragraphs are separated by empty lines.
+        studies: Studies by the name of their method, of one objective, all in the same direction.
+        summaries: The rows of the table, see :func:`summarize`; those named as a study share its color.
+        footer: Small print, for example versions and how to reproduce the page.
+
+    Raises:
+        FileNotFoundError: If the folder of ``path`` does not exist.
+        RuntimeError: If a study has several objectives.
+        ValueError: If some studies minimize and others maximize.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"A report needs a folder that exists, but got {str(path)!r}; create {str(path.parent)!r}."
+        )
+    _replace(path, _page(title, intro, studies, summaries, footer))
+
+
+def _page(
+    title: str,
+    intro: str,
+    studies: Mapping[str, optuna.Study],
+    summaries: Sequence[MethodSummary],
+    footer: str,
+) -> str:
+    colors = theme.colors(studies)
+    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(text.strip())}</p>" for text in intro.split("\n\n"))]
+    if summaries:
+        parts += ["<h2>Summary</h2>", summary_table(summaries, colors), _TABLE_NOTE]
+    parts += [
+        "<h2>What was found at what cost</h2>",
+        _figure("history", optimization_history(studies), _HISTORY_CAPTION, with_plotly=True),
+    ]
+    for k, (name, study) in enumerate(studies.items()):
+        parts += _refinement(k, name, study, colors[name])
+    if footer:
+        parts.append(f"<footer>{html.escape(footer)}</footer>")
+    return _SHELL.format(
+        title=html.escape(title),
+        policy=_POLICY,
+        css=resources.files("optuna_greedyhg.report").joinpath("page.css").read_text(encoding="utf-8"),
+        body="\n".join(parts),
+    )
+
+
+def _refinement(k: int, name: str, study: optuna.Study, color: str) -> list[str]:
+    """How the trials of the k-th study were refined; nothing, if none was."""
+    trial = _trial_to_show(study)
+    if trial is None:
+        return []
+    which = f"Trial {trial.number}, " + (
+        "the best one" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
+    )
+    swatch = f'<span class="swatch" style="background: {color}"></span>'
+    return [
+        f"<h2>{swatch}{html.escape(name)}: from seed to refined</h2>",
+        '<div class="pair">',
+        _figure(f"trajectory-{k}", alpha_trajectories(trial, color=color), f"{which}: {_TRAJECTORY_CAPTION}"),
+        _figure(f"arrows-{k}", seed_to_refined(study, color=color), _ARROWS_CAPTION),
+        "</div>",
+    ]
+
+
+def _trial_to_show(study: optuna.Study) -> FrozenTrial | None:
+    """The best trial if it was refined, or else the last one that was."""
+    points = history(study)
+    candidates = [*(point.trial for point in points), *(point.best for point in points[-1:] if point.best is not None)]
+    return next((trial for trial in reversed(candidates) if _was_refined(trial)), None)
+
+
+def _was_refined(trial: FrozenTrial) -> bool:
+    course = course_of(trial)
+    return course is not None and len(course.steps) > 1
+
+
+def _figure(name: str, figure: go.Figure, caption: str, *, with_plotly: bool = False) -> str:
+    """The figure in HTML; the first one of a page brings plotly.js along. Without a name, plotly makes up one a run."""
+    content = figure.to_html(
+        full_html=False,
+        include_plotlyjs=with_plotly,
+        config=_CONFIG,
+        default_height=f"{figure.layout.height}px",
+        div_id=name,
+    )
+    return f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _replace(path: Path, content: str) -> None:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_text(content, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+_TABLE_NOTE = (
+    '<p class="note">Scores are those of the best trial by validation; test data chose nothing. '
+    "Total cost is in gradients of one example: a product counts as one, an evaluation as a third.</p>"
+)
+_HISTORY_CAPTION = (
+    "Solid: best validation score so far. Dashed: the held-out score of the same trial. Dots are single trials, drawn "
+    "at the cost of all that ended before them and their own."
+)
+_TRAJECTORY_CAPTION = "ring = seed, star and dotted line = best step, band = 10–90% of a tensor’s entries."
+_ARROWS_CAPTION = (
+    "Each arrow is a trial: from the sampler’s seed to the refined value, at the height of its score. Faint: pruned."
+)
+
+_SHELL = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+{css}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
