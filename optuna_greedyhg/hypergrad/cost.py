@@ -24,7 +24,7 @@ class Cost:
 
     @property
     def total(self) -> float:
-        """The one number to compare by, in gradients of one example: a product counts as one, an evaluation as a third."""
+        """One number, in gradients of one example: a product counts as one, an evaluation as a third."""
         return self.n_train_gradients + self.n_val_gradients + self.n_products + self.n_evaluations / 3
 
     def __add__(self, other: Cost) -> Cost:

@@ -2,7 +2,8 @@
 
 from optuna_greedyhg.hypergrad.estimators.base import Estimator
 from optuna_greedyhg.hypergrad.estimators.first_order import FirstOrder
+from optuna_greedyhg.hypergrad.estimators.fixed import Fixed
 from optuna_greedyhg.hypergrad.estimators.greedy import Greedy
 from optuna_greedyhg.hypergrad.estimators.reverse import Reverse
 
-__all__ = ["Estimator", "FirstOrder", "Greedy", "Reverse"]
+__all__ = ["Estimator", "FirstOrder", "Fixed", "Greedy", "Reverse"]

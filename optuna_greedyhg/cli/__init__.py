@@ -1,0 +1,5 @@
+"""The command line: ``greedyhg demo``, ``greedyhg run``, ``greedyhg tasks``."""
+
+from optuna_greedyhg.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,304 @@
+"""The commands and their options. What a user gets wrong is one line on standard error, and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import optuna
+import torch
+import typer
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from rich.console import Console
+
+from optuna_greedyhg.cli.console import StudyProgress, summary_table
+from optuna_greedyhg.hypergrad.estimators import Estimator, FirstOrder, Greedy, Reverse
+from optuna_greedyhg.report.page import write_report
+from optuna_greedyhg.report.summary import summarize
+from optuna_greedyhg.tasks import TASKS, DataError, DigitsCleaning, make_objective, make_task
+from optuna_greedyhg.tasks.comparison import compare
+from optuna_greedyhg.trials.sampler import GreedyHGSampler
+
+USAGE = 2
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Gradient-based refinement of hyperparameters inside Optuna trials.",
+)
+
+
+class SamplerName(StrEnum):
+    """The samplers that draw seeds."""
+
+    TPE = "tpe"
+    RANDOM = "random"
+    GP = "gp"
+    CMAES = "cmaes"
+
+    def make(self, seed: int) -> BaseSampler:
+        """A new sampler with this seed."""
+        makers = {"tpe": TPESampler, "random": RandomSampler, "gp": GPSampler, "cmaes": CmaEsSampler}
+        sampler: BaseSampler = makers[self.value](seed=seed)
+        return sampler
+
+
+class EstimatorName(StrEnum):
+    """The estimators of the hypergradient; none leaves trials unrefined."""
+
+    GREEDY = "greedy"
+    T1T2 = "t1t2"
+    FIRST_ORDER = "first-order"
+    REVERSE = "reverse"
+    NONE = "none"
+
+    def make(self, gamma: float) -> Estimator[Any] | None:
+        """The estimator; ``gamma`` is the decay of the greedy one."""
+        estimators: dict[str, Estimator[Any] | None] = {
+            "greedy": Greedy(gamma),
+            "t1t2": Greedy(gamma=0.0),
+            "first-order": FirstOrder(),
+            "reverse": Reverse(),
+            "none": None,
+        }
+        return estimators[self.value]
+
+
+class DeviceName(StrEnum):
+    """Where to compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+    def make(self) -> torch.device:
+        """The device; auto is a GPU if there is one."""
+        if self == DeviceName.CUDA and not torch.cuda.is_available():
+            raise typer.BadParameter("this machine has no CUDA device; use --device auto or cpu", param_hint="--device")
+        return torch.device("cuda" if self != DeviceName.CPU and torch.cuda.is_available() else "cpu")
+
+
+TaskName = StrEnum("TaskName", {name.replace("-", "_").upper(): name for name in TASKS})  # type: ignore[misc]
+
+Seed = Annotated[int, typer.Option(min=0, help="Seeds data, weights and samplers.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file, for machines.")]
+Artifacts = Annotated[Path | None, typer.Option(help="Folder that keeps the refined tensors.")]
+
+
+@app.command()
+def demo(
+    storage: Annotated[str, typer.Option(help="URL of the storage.")] = "sqlite:///greedyhg.db",
+    seed: Seed = 0,
+    artifacts: Artifacts = None,
+    n_trials: Annotated[int, typer.Option(min=1, help="Number of refined trials.")] = 8,
+    report: Annotated[Path, typer.Option(help="Where to write the page.")] = Path("greedyhg-report.html"),
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Compare defaults, TPE, and TPE with greedy refinement on digits with corrupted labels."""
+    console = Console(quiet=quiet)
+    _require_writable(report, "--report")
+    _require_writable(json_file, "--json")
+    store = _open_artifacts(artifacts)
+    opened = _open_storage(storage)
+    # Its matrices are so small that a second thread costs more than it brings, and far more on a machine with other work.
+    torch.set_num_threads(1)
+    task = DigitsCleaning(seed)
+    console.print(f"[bold]{task.name}[/bold]: {task.summary}.")
+    with _optuna_silenced(), StudyProgress(console) as progress:
+        comparison = compare(
+            task,
+            storage=opened,
+            prefix=_unused_prefix(opened, f"demo-{task.name}"),
+            seed=seed,
+            n_trials=n_trials,
+            artifact_store=store,
+            on_step=progress.update,
+        )
+        progress.finish()
+    summaries = comparison.summaries
+    console.print(summary_table(summaries, "The best trial of each method; its cost is that of all its trials"))
+    _write_json(json_file, {"task": task.name, "seed": seed, "methods": [s.as_json() for s in summaries]})
+    command = f"optuna-dashboard {storage}" + (f" --artifact-dir {artifacts}" if artifacts else "")
+    write_report(
+        report,
+        title=f"greedyhg demo: {task.name}",
+        intro=f"{task.summary}. TPE alone has as many trials as cost what the refined trials have cost.",
+        studies=comparison.studies,
+        summaries=summaries,
+        footer=f"Open the studies with: {command}",
+    )
+    console.print(f"Report:    {report}\nDashboard: {command}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def run(
+    task: Annotated[TaskName, typer.Option(help="The task; see greedyhg tasks.")],
+    sampler: Annotated[SamplerName, typer.Option(help="Draws the seeds.")] = SamplerName.TPE,
+    estimator: Annotated[EstimatorName, typer.Option(help="Estimates hypergradients.")] = EstimatorName.GREEDY,
+    n_trials: Annotated[int, typer.Option(min=1, help="Number of trials to add to the study.")] = 10,
+    storage: Annotated[str | None, typer.Option(help="URL of the storage; in memory by default.")] = None,
+    study_name: Annotated[str | None, typer.Option(help="Name of the study; an existing one is carried on.")] = None,
+    gamma: Annotated[float, typer.Option(min=0.0, max=1.0, help="Decay of the greedy estimator.")] = 0.9,
+    horizon: Annotated[int | None, typer.Option(min=1, help="Training steps in an outer step.")] = None,
+    outer_steps: Annotated[int | None, typer.Option(min=1, help="Outer steps in a trial.")] = None,
+    device: Annotated[DeviceName, typer.Option(help="Where to compute.")] = DeviceName.AUTO,
+    seed: Seed = 0,
+    timeout: Annotated[float | None, typer.Option(min=0.0, help="Start no trial after this many seconds.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with the task's data files.")] = None,
+    artifacts: Artifacts = None,
+    json_file: JsonFile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a study of one task, or carry one on."""
+    console = Console(quiet=quiet)
+    name = task.value
+    _require_writable(json_file, "--json")
+    problem = make_task(name, seed=seed, device=device.make(), folder=data)
+    settings = replace(
+        problem.settings,
+        horizon=horizon or problem.settings.horizon,
+        n_outer_steps=outer_steps or problem.settings.n_outer_steps,
+    )
+    store = _open_artifacts(artifacts)
+    study = _open_study(_open_storage(storage), study_name, sampler, {"task": name, "task_seed": seed})
+    n_before = len(study.trials)
+    with _optuna_silenced(), StudyProgress(console) as progress:
+        objective = make_objective(
+            problem,
+            estimator=estimator.make(gamma),
+            settings=settings,
+            artifact_store=store,
+            callbacks=[
+                lambda trial, step: progress.update(
+                    name, (trial.number - n_before + step.index / settings.n_outer_steps) / n_trials, trial, step
+                )
+            ],
+        )
+        # A trial that fails is recorded as failed, and the study goes on.
+        study.optimize(objective, n_trials=n_trials, timeout=timeout, catch=(Exception,))
+        progress.finish()
+    summary = summarize(f"{sampler}+{estimator}", study, problem.diagnostics)
+    _write_json(json_file, {"task": name, "seed": seed, "study_name": study.study_name, "methods": [summary.as_json()]})
+    console.print(summary_table([summary], f"The best of all trials in the study {study.study_name}"))
+    if summary.val_loss is None:
+        _fail("no trial of the study has completed; see the messages above", code=1)
+
+
+@app.command()
+def tasks() -> None:
+    """List the tasks."""
+    for name, summary in TASKS.items():
+        typer.echo(f"{name:18}{summary}")
+
+
+def main() -> None:
+    """Runs the command line; the entry point of ``greedyhg``."""
+    try:
+        code = app(standalone_mode=False)
+    except (typer.TyperException, DataError) as error:
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        _fail(message, code=USAGE)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("interrupted; finished trials are in the storage", code=130)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, *, code: int) -> None:
+    """Says it in one line, and exits."""
+    typer.echo(f"greedyhg: error: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _open_storage(url: str | None) -> BaseStorage:
+    if url is None:
+        return InMemoryStorage()
+    try:
+        return RDBStorage(url)
+    except Exception as error:  # SQLAlchemy, its drivers and Optuna each raise their own
+        reason = str(error).strip().splitlines()[0]
+        raise typer.BadParameter(f"cannot open the storage {url!r}: {reason}", param_hint="--storage") from error
+
+
+def _open_study(
+    storage: BaseStorage, study_name: str | None, sampler: SamplerName, identity: dict[str, Any]
+) -> optuna.Study:
+    """Creates the study, or loads it, if it is one of the same task and data."""
+    study = optuna.create_study(
+        storage=storage, study_name=study_name, load_if_exists=True, pruner=optuna.pruners.MedianPruner()
+    )
+    n_trials = len(study.get_trials(deepcopy=False))
+    recorded = {key: study.user_attrs.get(key) for key in identity}
+    if n_trials > 0 and recorded != identity:
+        raise typer.BadParameter(
+            f"the study {study_name!r} holds trials of {recorded}, whose values do not compare with those of "
+            f"{identity}; choose another name",
+            param_hint="--study-name",
+        )
+    for key, value in identity.items():
+        study.set_user_attr(key, value)
+    # A sampler that starts again from the same seed would draw the same seeds again.
+    study.sampler = GreedyHGSampler(sampler.make(identity["task_seed"] + n_trials))
+    return study
+
+
+def _open_artifacts(folder: Path | None) -> FileSystemArtifactStore | None:
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"cannot make the folder {folder}: {error.strerror}", param_hint="--artifacts"
+        ) from error
+    return FileSystemArtifactStore(folder)
+
+
+def _unused_prefix(storage: BaseStorage, stem: str) -> str:
+    """``<stem>-1/``, or the first number after it that no study's name begins with."""
+    names = [summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)]
+    number = 1
+    while any(name.startswith(f"{stem}-{number}/") for name in names):
+        number += 1
+    return f"{stem}-{number}/"
+
+
+def _require_writable(path: Path | None, option: str) -> None:
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise typer.BadParameter(f"cannot write {path}; name a file in a folder that exists", param_hint=option)
+
+
+def _write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    if path is None:
+        return
+    with tempfile.NamedTemporaryFile("w", dir=path.absolute().parent, suffix=".tmp", delete=False) as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+    Path(file.name).replace(path)
+
+
+@contextmanager
+def _optuna_silenced() -> Iterator[None]:
+    """Keeps Optuna's line a trial from tearing the progress bar."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)

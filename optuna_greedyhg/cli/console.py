@@ -1,0 +1,85 @@
+"""What a person sees in the terminal: a progress bar and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from optuna.trial import BaseTrial
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from optuna_greedyhg.hypergrad.descent import OuterStep
+from optuna_greedyhg.report.summary import MethodSummary
+
+
+class StudyProgress:
+    """A bar with trial, outer step, best value and time left, one line a study.
+
+    Args:
+        console: Where to draw; a quiet console draws nothing.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._lines: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StudyProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def update(self, name: str, share: float, trial: BaseTrial, step: OuterStep) -> None:
+        """Moves the line of one study, which is added at its first step, to the share of it that is done."""
+        if name not in self._lines:
+            self._lines[name] = self._progress.add_task(name, total=1.0, status="")
+        loss = step.best.scores["loss"]
+        status = f"trial {trial.number} · outer step {step.index} · value {loss:.4f}"
+        self._progress.update(self._lines[name], completed=min(share, 1.0), status=status)
+
+    def finish(self) -> None:
+        """Fills all bars: a study may end before its share says so, by pruning."""
+        for line in self._lines.values():
+            self._progress.update(line, completed=1.0)
+
+
+def summary_table(summaries: Sequence[MethodSummary], title: str) -> Table:
+    """One row a method; costs in thousands of gradients of one example."""
+    diagnostics = list(dict.fromkeys(key for s in summaries for key in s.diagnostics))
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("method", no_wrap=True)
+    for column in ("trials", "val loss", "val acc", "test loss", "test acc", "cost (k)", "seconds"):
+        table.add_column(column, justify="right")
+    for key in diagnostics:
+        table.add_column(key.replace("_", " "), justify="right")
+    for s in summaries:
+        table.add_row(
+            s.name,
+            str(s.n_trials),
+            _number(s.val_loss, ".4f"),
+            _number(s.val_accuracy, ".1%"),
+            _number(s.test_loss, ".4f"),
+            _number(s.test_accuracy, ".1%"),
+            _number(s.cost.total / 1000, ",.0f"),
+            _number(s.seconds, ".1f"),
+            *(_number(s.diagnostics.get(key), ".3f") for key in diagnostics),
+        )
+    return table
+
+
+def _number(x: float | None, form: str) -> str:
+    return "–" if x is None else format(x, form)

@@ -1,0 +1,39 @@
+"""Fixed: no hypergradient at all, so that α stays where the sampler has put it.
+
+    d̂ = 0
+
+With it, an unrefined trial goes through the same training and the same evaluations as a refined one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optuna_greedyhg.hypergrad import trees
+from optuna_greedyhg.hypergrad.products import InnerStep
+from optuna_greedyhg.hypergrad.trees import Tensors
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Zero, at no cost: neither products nor validation gradients."""
+
+    @property
+    def replays(self) -> bool:
+        return False
+
+    @property
+    def biased_in_restart_mode(self) -> bool:
+        return False
+
+    def keeps_graph(self, t: int, horizon: int) -> bool:
+        return False
+
+    def init(self, alpha: Tensors) -> Tensors:
+        return trees.zeros_like(alpha)
+
+    def observe(self, memory: Tensors, step: InnerStep) -> Tensors:
+        return memory
+
+    def estimate(self, memory: Tensors, end: InnerStep) -> Tensors:
+        return memory
