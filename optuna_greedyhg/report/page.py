@@ -13,7 +13,7 @@ from pathlib import Path
 
 import optuna
 import plotly.graph_objects as go
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from optuna_greedyhg.report import theme
 from optuna_greedyhg.report.figures import alpha_trajectories, optimization_history, seed_to_refined
@@ -90,12 +90,13 @@ def _page(
 
 def _refinement(k: int, name: str, study: optuna.Study, color: str) -> list[str]:
     """How the trials of the k-th study were refined; nothing, if none was."""
-    trial = _trial_to_show(study)
+    points = history(study)
+    best = points[-1].best if points else None
+    candidates = [best, *(point.trial for point in reversed(points))]
+    trial = next((trial for trial in candidates if trial is not None and _was_refined(trial)), None)
     if trial is None:
         return []
-    which = f"Trial {trial.number}, " + (
-        "the best one" if trial.state == TrialState.COMPLETE else trial.state.name.lower()
-    )
+    which = f"Trial {trial.number}, {'the best one' if trial is best else trial.state.name.lower()}"
     swatch = f'<span class="swatch" style="background: {color}"></span>'
     return [
         f"<h2>{swatch}{html.escape(name)}: from seed to refined</h2>",
@@ -104,13 +105,6 @@ def _refinement(k: int, name: str, study: optuna.Study, color: str) -> list[str]
         _figure(f"arrows-{k}", seed_to_refined(study, color=color), _ARROWS_CAPTION),
         "</div>",
     ]
-
-
-def _trial_to_show(study: optuna.Study) -> FrozenTrial | None:
-    """The best trial if it was refined, or else the last one that was."""
-    points = history(study)
-    candidates = [*(point.trial for point in points), *(point.best for point in points[-1:] if point.best is not None)]
-    return next((trial for trial in reversed(candidates) if _was_refined(trial)), None)
 
 
 def _was_refined(trial: FrozenTrial) -> bool:

@@ -100,9 +100,10 @@ def test_a_study_that_has_little_to_show_makes_a_page(tmp_path, studies):
     assert report(tmp_path, studies).count("figure") == 1
 
 
-def test_a_pruned_trial_is_shown_where_the_best_was_not_refined(tmp_path):
-    pruned = refined(value=0.5, state=TrialState.PRUNED)
-    assert "Trial 1, pruned" in report(tmp_path, {"a": study_of(finished(0.4), pruned)}).text
+@pytest.mark.parametrize("state", [TrialState.PRUNED, TrialState.COMPLETE])
+def test_another_trial_is_shown_where_the_best_was_not_refined(tmp_path, state):
+    page = report(tmp_path, {"a": study_of(finished(0.4), refined(value=0.5, state=state, minute=1))})
+    assert f"Trial 1, {state.name.lower()}:" in page.text
 
 
 def test_the_table_has_the_numbers_of_the_summaries():
