@@ -113,7 +113,7 @@ def demo(
     _require_writable(json_file, "--json")
     store = _open_artifacts(artifacts)
     opened = _open_storage(storage)
-    # Its matrices are so small that a second thread costs more than it brings, and far more on a machine with other work.
+    # Its matrices are so small that a second thread costs more than it brings, much more on a busy machine.
     torch.set_num_threads(1)
     task = DigitsCleaning(seed)
     console.print(f"[bold]{task.name}[/bold]: {task.summary}.")

@@ -27,7 +27,7 @@ from optuna_greedyhg.hypergrad import evaluation, randomness, trees
 from optuna_greedyhg.hypergrad.batches import Stream
 from optuna_greedyhg.hypergrad.cost import Cost
 from optuna_greedyhg.hypergrad.domains import Hyperparameter, to_coordinates
-from optuna_greedyhg.hypergrad.estimators import Estimator
+from optuna_greedyhg.hypergrad.estimators import Estimator, Fixed
 from optuna_greedyhg.hypergrad.evaluation import Evaluation, Online, Protocol, Retrain
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.products import Products, TrainState
@@ -47,7 +47,8 @@ class OuterStep:
     Attributes:
         index: Number of outer steps made; 0 is the seed, before any.
         values: The values of α after it.
-        val_loss: The validation loss at the end of its horizon, on one batch and weights carried along; NaN at 0.
+        val_loss: The validation loss at the end of its horizon, on one batch and weights carried along; NaN if the
+            estimator did not ask for it.
         hypergradient_norm: The Euclidean norm of d̂ in α's coordinates, before clipping; NaN at 0.
         evaluation: α's evaluation under the protocol, on the steps of the grid; ``None`` between.
         best: The best evaluation so far.
@@ -136,7 +137,8 @@ def descend(
         problem: The bilevel problem.
         hyperparameters: α: where each group starts and the domain it stays in.
         update_rule: The inner optimizer Φ.
-        estimator: The hypergradient's estimator; ``None`` evaluates the seed and ends.
+        estimator: The hypergradient's estimator; ``None`` keeps α at the seed: with the protocol :class:`Retrain`, which
+            judges α alone, the seed is evaluated and that is all.
         options: The settings below as one object; given either so or one by one.
 
     Keyword Args:
@@ -194,14 +196,14 @@ def _outer_loop(
 ) -> Iterator[OuterStep]:
     alpha = to_coordinates(hyperparameters, products.problem.device, products.problem.dtype)
     start = state = products.initial_state()
-    n_outer_steps = 0 if estimator is None else options.n_outer_steps
+    # Where α alone is the result, nothing is learnt from training on under an α that does not move.
+    n_outer_steps = 0 if estimator is None and isinstance(options.protocol, Retrain) else options.n_outer_steps
+    estimator = estimator or Fixed()
     seed = _evaluate(products, alpha, state, 0, options)
     best = seed = replace(seed, values={name: h.init for name, h in hyperparameters.items()})
     nan = math.nan
     stopped: Stop | None = "finished" if n_outer_steps == 0 else None
     yield OuterStep(0, seed.values, nan, nan, seed, best, replace(products.cost), stopped)
-    if estimator is None:
-        return
 
     outer = _Outer(options.outer_optimizer, alpha)
     train_stream = products.problem.train_stream()
@@ -221,7 +223,7 @@ def _outer_loop(
             step_scale /= 2
             state = last_good.state
             alpha, optimizer_state = outer.step(last_good, step_scale)
-        if k == 1:
+        if k == 1 and not isinstance(estimator, Fixed):
             _warn_of_idle(roll_out.hypergradient, estimator)
         n_failures = 0
         norm = trees.norm(roll_out.hypergradient)
@@ -240,8 +242,7 @@ def _outer_loop(
             if options.patience is not None and evaluations_since_best >= options.patience and stopped is None:
                 stopped = "patience"
         values = trees.clone(dict(products.values(alpha)))
-        val_loss = float(roll_out.val_loss)
-        yield OuterStep(k, values, val_loss, float(norm), evaluated, best, replace(products.cost), stopped)
+        yield OuterStep(k, values, roll_out.val_loss, float(norm), evaluated, best, replace(products.cost), stopped)
         if stopped:
             return
 
@@ -258,10 +259,10 @@ class _Point(NamedTuple):
 class _RollOut(NamedTuple):
     state: TrainState
     hypergradient: Tensors
-    val_loss: Tensor
+    val_loss: float
 
     def is_finite(self) -> bool:
-        return trees.all_finite([*self.state.parameters.values(), *self.hypergradient.values(), self.val_loss])
+        return trees.all_finite([*self.state.parameters.values(), *self.hypergradient.values()])
 
 
 def _roll_out(
@@ -274,7 +275,9 @@ def _roll_out(
         step = products.step(state, alpha, next(stream), keep_graph=keep, replayable=estimator.replays)
         memory = estimator.observe(memory, step)
         state = step.after
-    return _RollOut(state, estimator.estimate(memory, step), step.validation().loss)
+    hypergradient = estimator.estimate(memory, step)
+    val_loss = math.nan if step.validated is None else float(step.validated.loss)
+    return _RollOut(state, hypergradient, val_loss)
 
 
 class _Outer:

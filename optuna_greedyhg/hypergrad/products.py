@@ -168,6 +168,11 @@ class InnerStep:
         self._graph = graph
         self._validation: Validation | None = None
 
+    @property
+    def validated(self) -> Validation | None:
+        """What ``validation`` has computed, if anybody has asked for it."""
+        return self._validation
+
     def validation(self) -> Validation:
         """L_val at ``after`` on the next validation batch; computed once, however often it is asked for."""
         if self._validation is None:
