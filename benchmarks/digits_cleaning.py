@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.set_num_threads(1)
 
     runs = [run(seed, arguments.n_trials) for seed in range(arguments.seeds)]
     result = {

@@ -157,6 +157,10 @@ class Alpha:
         return sampler if isinstance(sampler, GreedyHGSampler) and sampler.knows(self._trial) else None
 
     def _require_free(self, name: str) -> None:
+        if name in records.TRAJECTORY_COLUMNS:
+            raise ValueError(
+                f"A hyperparameter must not be called any of {records.TRAJECTORY_COLUMNS}, but got {name!r}."
+            )
         if name in self._hyperparameters or name in self._trial.params:
             raise ValueError(
                 f"A hyperparameter's name must be unique in its trial, but {name!r} is taken; choose another."

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 SEED, REFINED, COST = "seed_", "refined_", "cost_"
 TRAJECTORY = "trajectory"
+TRAJECTORY_COLUMNS = ("outer_step", "value", "val_loss", "hypergradient_norm")
 _TENSORS, _TENSORS_ARTIFACT = "tensors", "tensors_artifact"
 _VERSION = 1
 _QUANTILES = (0.1, 0.5, 0.9)
@@ -88,8 +89,17 @@ class Trajectory:
     def __init__(self) -> None:
         self._rows: list[dict[str, float | None]] = []
 
-    def append(self, outer_step: int, value: float | None, alpha: Mapping[str, Tensor], **numbers: float) -> None:
-        row: dict[str, float | None] = {"outer_step": outer_step, "value": value, **numbers}
+    def append(
+        self,
+        outer_step: int,
+        value: float | None,
+        alpha: Mapping[str, Tensor],
+        *,
+        val_loss: float,
+        hypergradient_norm: float,
+    ) -> None:
+        numbers = (outer_step, value, val_loss, hypergradient_norm)
+        row: dict[str, float | None] = dict(zip(TRAJECTORY_COLUMNS, numbers, strict=True))
         for name, x in alpha.items():
             if x.ndim == 0:
                 row[name] = float(x)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import re
+
+import optuna
+import pytest
+import torch
+from optuna.samplers import RandomSampler
+
+import optuna_greedyhg as ghg
+from tests.trials import problems
+
+
+def test_suggests_what_the_trial_would() -> None:
+    fixed = optuna.trial.FixedTrial({"lr": 0.2, "momentum": 0.7})
+    alpha = ghg.Alpha(fixed)
+    assert alpha.suggest_float("lr", 1e-3, 1.0, log=True) == 0.2
+    assert alpha.suggest_float("momentum", 0, 1) == 0.7
+    assert alpha.hyperparameters["lr"].domain == ghg.Interval(1e-3, 1.0, log=True)
+    assert alpha.hyperparameters["momentum"].domain == ghg.Interval(0, 1)
+    assert alpha.scalars == ("lr", "momentum")
+
+
+def test_a_tensor_starts_where_it_was_told_and_in_its_domain() -> None:
+    alpha = ghg.Alpha(optuna.trial.FixedTrial({}))
+    init = torch.full((2, 3), 0.5)
+    assert alpha.tensor("t", init, ghg.Positive()) is init
+    assert alpha.hyperparameters["t"].domain == ghg.Positive()
+    assert alpha.scalars == ()
+
+
+def test_with_another_sampler_the_seed_is_the_parameter() -> None:
+    study = optuna.create_study(sampler=RandomSampler(seed=0))
+    study.optimize(problems.refine, n_trials=1)
+    (trial,) = study.trials
+    assert trial.params["lr"] == trial.user_attrs["seed_lr"]
+    assert trial.user_attrs["refined_lr"] != trial.params["lr"]
+
+
+def test_committed_values_are_clipped_to_the_range() -> None:
+    study = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0))
+    trial = study.ask()
+    alpha = problems.declare(trial)
+    assert alpha.commit({"lr": torch.tensor(1.0000001, dtype=torch.float64)}) == {"lr": 1.0}
+    study.tell(trial, 0.0)
+    assert study.trials[0].params["lr"] == 1.0
+
+
+def test_a_value_that_is_not_finite_is_never_committed() -> None:
+    trial = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0)).ask()
+    alpha = problems.declare(trial)
+    with pytest.raises(ValueError, match="'lr' must be finite, but got nan"):
+        alpha.commit({"lr": torch.tensor(float("nan"))})
+    assert trial.params == {}
+
+
+@pytest.mark.parametrize(
+    ("declare", "message"),
+    [
+        (lambda a: a.suggest_float("x", 0, 1, step=0.1), "cannot be refined in steps of 0.1"),
+        (lambda a: a.suggest_float("taken", 0, 1), "'taken' is taken"),
+        (lambda a: a.suggest_float("width", 0, 1), "'width' is taken"),
+        (lambda a: a.tensor("taken", torch.zeros(2)), "'taken' is taken"),
+        (lambda a: a.tensor("value", torch.zeros(2)), "must not be called any of"),
+        (lambda a: a.suggest_float("x", 1, 1), "low < high"),
+        (lambda a: a.suggest_float("x", 0, 1, log=True), "positive low"),
+        (lambda a: a.tensor("x", torch.zeros(2), ghg.Positive()), "finite and positive"),
+    ],
+)
+def test_bad_declarations_are_refused_by_name(declare: object, message: str) -> None:
+    trial = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0)).ask()
+    trial.suggest_int("width", 1, 2)
+    alpha = ghg.Alpha(trial)
+    alpha.suggest_float("taken", 0, 1)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        declare(alpha)  # type: ignore[operator]
+    assert set(trial.user_attrs) == {"seed_taken"}
+
+
+def test_integers_are_no_start_for_a_tensor() -> None:
+    alpha = ghg.Alpha(optuna.trial.FixedTrial({}))
+    with pytest.raises(TypeError, match=r"floating point tensor, but got torch\.int64"):
+        alpha.tensor("t", torch.arange(3))

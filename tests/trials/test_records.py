@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+import optuna_greedyhg as ghg
+from optuna_greedyhg.trials import records
+from tests.trials import problems
+
+
+class Full:
+    """An artifact store on a full disk."""
+
+    def open_reader(self, artifact_id: str) -> Any:
+        raise FileNotFoundError(artifact_id)
+
+    def write(self, artifact_id: str, content_body: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    def remove(self, artifact_id: str) -> None:
+        raise FileNotFoundError(artifact_id)
+
+
+def refined(store: Any, **settings: Any) -> optuna.trial.FrozenTrial:
+    study = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0))
+    study.optimize(lambda trial: problems.refine(trial, artifact_store=store, **settings), n_trials=1)
+    return study.best_trial
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> optuna.artifacts.FileSystemArtifactStore:
+    return optuna.artifacts.FileSystemArtifactStore(tmp_path)
+
+
+def test_refined_values_come_back_from_another_process(
+    store: optuna.artifacts.FileSystemArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[torch.Tensor] = []
+    trial = refined(store, callbacks=[lambda t, s: found.append(s.best.values["c"])])
+    monkeypatch.setattr(records, "_stores", {})  # as in a process that has written nothing
+    with pytest.raises(ValueError, match="artifact_store"):
+        ghg.refined_params(trial)
+    params = ghg.refined_params(trial, store)
+    assert params["lr"] == trial.params["lr"]
+    assert torch.equal(params["c"], found[-1])
+
+
+def test_the_process_that_wrote_tensors_finds_them(store: optuna.artifacts.FileSystemArtifactStore) -> None:
+    assert ghg.refined_params(refined(store)).keys() == {"lr", "c"}
+
+
+def test_weights_are_kept_where_they_are_the_result(store: optuna.artifacts.FileSystemArtifactStore) -> None:
+    trial = refined(store, evaluate="online")
+    model = problems.Weights()
+    model.load_state_dict(ghg.refined_weights(trial, store))
+    lr = torch.tensor(ghg.refined_params(trial)["lr"])
+    loss = problems.val_loss(model, {"lr": lr}, None).detach()
+    assert float(loss) == pytest.approx(trial.value, rel=1e-5)
+
+
+def test_there_are_no_weights_where_they_are_not(store: optuna.artifacts.FileSystemArtifactStore) -> None:
+    with pytest.raises(ValueError, match="evaluate='online'"):
+        ghg.refined_weights(refined(store), store)
+
+
+def test_without_a_store_the_scalars_come_back_and_the_rest_is_said() -> None:
+    trial = refined(None)
+    with pytest.warns(UserWarning, match=r"\['c'\] of trial 0 were not stored"):
+        assert ghg.refined_params(trial) == {"lr": trial.params["lr"]}
+
+
+def test_a_store_that_fails_costs_the_tensors_and_not_the_trial() -> None:
+    trial = refined(Full())
+    assert trial.state == optuna.trial.TrialState.COMPLETE
+    with pytest.warns(UserWarning, match="were not stored"):
+        assert ghg.refined_params(trial) == {"lr": trial.params["lr"]}
+
+
+def test_a_trial_that_was_never_refined_has_none() -> None:
+    with pytest.raises(ValueError, match="has no refined hyperparameters"):
+        ghg.refined_params(optuna.create_trial(value=1.0))
+
+
+def test_another_format_is_refused(store: optuna.artifacts.FileSystemArtifactStore, tmp_path: Path) -> None:
+    trial = refined(store)
+    torch.save({"version": 99}, tmp_path / trial.user_attrs["tensors_artifact"])
+    with pytest.raises(ValueError, match="format version 99, but this release reads version 1"):
+        ghg.refined_params(trial, store)
+
+
+def test_attributes_are_plain_json_of_finite_numbers(tmp_path: Path) -> None:
+    study = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0), storage=f"sqlite:///{tmp_path}/study.db")
+    study.optimize(problems.refine, n_trials=1)
+    attributes = study.trials[0].user_attrs
+    assert json.loads(json.dumps(attributes, allow_nan=False)) == attributes
+
+
+def test_the_trajectory_tells_every_step() -> None:
+    trial = refined(None)
+    columns = trial.user_attrs["trajectory"]
+    assert columns["outer_step"] == [0, 1, 2, 3, 4]
+    assert [value is not None for value in columns["value"]] == [True, False, True, False, True]
+    assert min(v for v in columns["value"] if v is not None) == pytest.approx(trial.value, rel=1e-5)
+    assert columns["lr"][0] == pytest.approx(trial.user_attrs["seed_lr"], rel=1e-5)
+    assert (columns["c.q10"][0], columns["c.q50"][0], columns["c.q90"][0]) == pytest.approx((1.1, 1.5, 1.9))
+    assert columns["val_loss"][0] is None
+
+
+def test_a_long_trajectory_is_thinned_but_keeps_what_was_evaluated() -> None:
+    trajectory = records.Trajectory()
+    for k in range(1001):
+        trajectory.append(
+            k, float(k) if k % 7 == 0 else None, {"x": torch.tensor(1.0 / 3)}, val_loss=0.0, hypergradient_norm=0.0
+        )
+    columns = trajectory.columns()
+    assert len(columns["outer_step"]) < 300
+    assert [v for v in columns["value"] if v is not None] == [float(k) for k in range(0, 1001, 7)]
+    assert columns["x"][0] == 0.333333
