@@ -6,12 +6,13 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import optuna
 import torch
@@ -173,8 +174,11 @@ def run(
         n_outer_steps=outer_steps or problem.settings.n_outer_steps,
     )
     store = _open_artifacts(artifacts)
-    study = _open_study(_open_storage(storage), study_name, sampler, {"task": name, "task_seed": seed})
+    with _optuna_silenced():
+        study = _open_study(_open_storage(storage), study_name, sampler, {"task": name, "task_seed": seed})
     n_before = len(study.trials)
+    if n_before > 0:
+        console.print(f"Carrying on the study {study.study_name}, which has {n_before} trials.", highlight=False)
     with _optuna_silenced(), StudyProgress(console) as progress:
         objective = make_objective(
             problem,
@@ -204,10 +208,16 @@ def tasks() -> None:
         typer.echo(f"{name:18}{summary}")
 
 
-def main() -> None:
-    """Runs the command line; the entry point of ``greedyhg``."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line and exits; the entry point of ``greedyhg``.
+
+    Args:
+        arguments: Instead of the process's own.
+    """
     try:
-        code = app(standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: typer.echo(f"greedyhg: warning: {message}", err=True)
+            code = app(args=arguments, standalone_mode=False)
     except (typer.TyperException, DataError) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         _fail(message, code=USAGE)
@@ -216,9 +226,10 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _fail(message: str, *, code: int) -> None:
+def _fail(message: str, *, code: int) -> NoReturn:
     """Says it in one line, and exits."""
-    typer.echo(f"greedyhg: error: {' '.join(message.split())}", err=True)
+    if message:  # there is none when no command was given, and the help has been printed
+        typer.echo(f"greedyhg: error: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from optuna.trial import BaseTrial
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from optuna_greedyhg.hypergrad.descent import OuterStep
@@ -15,7 +16,7 @@ from optuna_greedyhg.report.summary import MethodSummary
 
 
 class StudyProgress:
-    """A bar with trial, outer step, best value and time left, one line a study.
+    """A bar with trial, outer step, the trial's best value and time left, one line a study.
 
     Args:
         console: Where to draw; a quiet console draws nothing.
@@ -25,12 +26,12 @@ class StudyProgress:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TextColumn("[dim]left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=console,
+            expand=False,
         )
         self._lines: dict[str, TaskID] = {}
 
@@ -48,7 +49,7 @@ class StudyProgress:
         if name not in self._lines:
             self._lines[name] = self._progress.add_task(name, total=1.0, status="")
         loss = step.best.scores["loss"]
-        status = f"trial {trial.number} · outer step {step.index} · value {loss:.4f}"
+        status = f"trial {trial.number}, outer step {step.index}: {loss:.4f}"
         self._progress.update(self._lines[name], completed=min(share, 1.0), status=status)
 
     def finish(self) -> None:
@@ -60,19 +61,20 @@ class StudyProgress:
 def summary_table(summaries: Sequence[MethodSummary], title: str) -> Table:
     """One row a method; costs in thousands of gradients of one example."""
     diagnostics = list(dict.fromkeys(key for s in summaries for key in s.diagnostics))
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("method", no_wrap=True)
-    for column in ("trials", "val loss", "val acc", "test loss", "test acc", "cost (k)", "seconds"):
-        table.add_column(column, justify="right")
-    for key in diagnostics:
-        table.add_column(key.replace("_", " "), justify="right")
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+    )
+    table.add_column("method", no_wrap=True, vertical="bottom")
+    scores = ("val loss", "val acc.", "test loss", "test acc.")
+    for column in ("trials", *scores, "cost ×1000", "time (s)", *(key.replace("_", " ") for key in diagnostics)):
+        table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
     for s in summaries:
         table.add_row(
             s.name,
             str(s.n_trials),
-            _number(s.val_loss, ".4f"),
+            _number(s.val_loss, ".3f"),
             _number(s.val_accuracy, ".1%"),
-            _number(s.test_loss, ".4f"),
+            _number(s.test_loss, ".3f"),
             _number(s.test_accuracy, ".1%"),
             _number(s.cost.total / 1000, ",.0f"),
             _number(s.seconds, ".1f"),

@@ -10,19 +10,22 @@ from itertools import groupby
 from optuna_greedyhg.report import theme
 from optuna_greedyhg.report.summary import MethodSummary
 
-# The columns of every table: the group that they stand in, their heading, and the key in MethodSummary.as_json().
-_COLUMNS = (
+# The columns of every table: the group that they stand in, their heading, and the key in MethodSummary.as_json(). A
+# task's own diagnostics stand between the two.
+_FOUND = (
     ("", "Trials", "n_trials"),
     ("Validation", "Loss", "val_loss"),
     ("Validation", "Accuracy", "val_accuracy"),
     ("Test", "Loss", "test_loss"),
     ("Test", "Accuracy", "test_accuracy"),
+)
+_SPENT = (
+    ("", "Seconds", "seconds"),
     ("Cost, in examples", "Train gradients", "n_train_gradients"),
     ("Cost, in examples", "Val. gradients", "n_val_gradients"),
     ("Cost, in examples", "Products", "n_products"),
     ("Cost, in examples", "Evaluations", "n_evaluations"),
     ("Cost, in examples", "Total", "cost"),
-    ("", "Seconds", "seconds"),
 )
 _BEST = {"val_loss": min, "test_loss": min, "val_accuracy": max, "test_accuracy": max}
 
@@ -38,7 +41,7 @@ def summary_table(summaries: Sequence[MethodSummary], colors: Mapping[str, str])
     """
     rows = [summary.as_json() for summary in summaries]
     diagnostics = dict.fromkeys(key for summary in summaries for key in summary.diagnostics)
-    columns = [*_COLUMNS, *(("Diagnostics", key.replace("_", " "), key) for key in diagnostics)]
+    columns = [*_FOUND, *(("Diagnostics", key.replace("_", " "), key) for key in diagnostics), *_SPENT]
     best = {key: _best(key, [row[key] for row in rows]) for key in _BEST}
     body = []
     for row in rows:

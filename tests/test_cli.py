@@ -1,0 +1,191 @@
+"""The command line as a user meets it: what it writes, what it says, how it exits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from optuna_greedyhg.cli import main
+from tests.tasks.idx import write_folder
+
+FAST = ["--outer-steps", "3", "--horizon", "3"]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def greedyhg(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    assert isinstance(exit_.value.code, int)
+    return exit_.value.code
+
+
+def test_demo_leaves_three_studies_a_page_and_the_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    """It does so beside the studies of an earlier demo, which it leaves alone."""
+    optuna.create_study(study_name="demo-digits-cleaning-1/tpe", storage="sqlite:///greedyhg.db")
+    assert greedyhg("demo", "--n-trials", "1", "--artifacts", "kept", "--json", "demo.json", "--seed", "1") == 0
+    printed = capsys.readouterr().out
+    assert "optuna-dashboard sqlite:///greedyhg.db --artifact-dir kept" in printed
+    assert "greedyhg-report.html" in printed
+
+    methods = {row["name"]: row for row in json.loads(Path("demo.json").read_text())["methods"]}
+    assert list(methods) == ["defaults", "tpe", "tpe+greedy"]
+    for row in methods.values():
+        assert {"val_loss", "test_loss", "test_accuracy", "n_train_gradients", "n_val_gradients", "n_products"} < set(
+            row
+        )
+        assert row["seconds"] > 0
+    assert methods["tpe"]["cost"] >= methods["tpe+greedy"]["cost"]
+    assert methods["tpe"]["cost"] - methods["tpe+greedy"]["cost"] <= methods["defaults"]["cost"]  # at most a trial over
+    assert methods["tpe"]["n_products"] == 0 < methods["tpe+greedy"]["n_products"]
+
+    for name, row in methods.items():
+        study = optuna.load_study(study_name=f"demo-digits-cleaning-2/{name}", storage="sqlite:///greedyhg.db")
+        assert study.best_value == row["val_loss"]
+        assert len(study.trials) == row["n_trials"]
+    page = Path("greedyhg-report.html").read_text()
+    assert "demo: digits-cleaning" in page
+    assert page.count("<svg") + page.count("plotly-graph-div") >= 3
+    assert list(Path("kept").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:FirstOrder.. sees no effect")  # which is so in this task
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "cmaes"])
+@pytest.mark.parametrize("estimator", ["greedy", "t1t2", "first-order", "reverse", "none"])
+def test_run_knows_every_sampler_and_estimator(
+    sampler: str, estimator: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--task", "digits-l2", "--sampler", sampler, "--estimator", estimator, "--n-trials", "1", *FAST]
+    assert greedyhg("run", *arguments, "--json", "run.json") == 0
+    (row,) = json.loads(Path("run.json").read_text())["methods"]
+    assert row["name"] == f"{sampler}+{estimator}"
+    assert (row["n_products"] > 0) == (estimator in ("greedy", "t1t2", "reverse"))
+    assert (row["n_val_gradients"] > 0) == (estimator != "none")
+    assert f"{sampler}+{estimator}" in capsys.readouterr().out
+
+
+def test_a_second_run_carries_on() -> None:
+    common = ["run", "--task", "digits-l2", "--storage", "sqlite:///s.db", "--study-name", "s", "--sampler", "random"]
+    assert greedyhg(*common, "--n-trials", "2", *FAST, "--quiet") == 0
+    assert greedyhg(*common, "--n-trials", "1", "--estimator", "none", *FAST, "--quiet") == 0
+    study = optuna.load_study(study_name="s", storage="sqlite:///s.db")
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 3
+    assert len({t.params["strength"] for t in study.trials}) == 3  # and does not repeat the seeds it has had
+    assert [t.user_attrs["estimator"] for t in study.trials] == ["Greedy(gamma=0.9)"] * 2 + ["None"]
+
+
+def test_run_takes_gamma_and_a_folder_of_data() -> None:
+    write_folder(Path(), 1010, 10)
+    options = ["--data", ".", "--gamma", "0.5", "--n-trials", "1", "--horizon", "1", "--outer-steps", "1"]
+    storage = ["--storage", "sqlite:///s.db", "--study-name", "s", "--device", "cpu", "--quiet"]
+    assert greedyhg("run", "--task", "fashion-cleaning", *options, *storage) == 0
+    study = optuna.load_study(study_name="s", storage="sqlite:///s.db")
+    assert study.trials[0].user_attrs["estimator"] == "Greedy(gamma=0.5)"
+    assert study.trials[0].user_attrs["cost_n_products"] == 1000
+
+
+def test_a_timeout_starts_no_further_trial() -> None:
+    arguments = ["--task", "digits-l2", "--n-trials", "1000", "--timeout", "0.5", *FAST]
+    assert greedyhg("run", *arguments, "--json", "run.json", "--quiet") == 0
+    assert 1 <= json.loads(Path("run.json").read_text())["methods"][0]["n_trials"] < 1000
+
+
+def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert greedyhg("run", "--task", "digits-l2", "--n-trials", "1", *FAST, "--quiet") == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert greedyhg("tasks") == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["digits-cleaning", "digits-l2", "fashion-cleaning"]
+
+
+RUN = ("run", "--task", "digits-l2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bogus",), "No such command 'bogus'"),
+        (("run",), "Missing option '--task'"),
+        (("run", "--task", "nope"), "'nope' is not one of 'digits-cleaning'"),
+        ((*RUN, "--bogus"), "No such option: --bogus"),
+        ((*RUN, "--sampler", "nope"), "'nope' is not one of 'tpe'"),
+        ((*RUN, "--n-trials", "0"), "--n-trials"),
+        ((*RUN, "--gamma", "1.5"), "--gamma"),
+        ((*RUN, "--horizon", "x"), "--horizon"),
+        ((*RUN, "--storage", "nonsense"), "cannot open the storage 'nonsense'"),
+        ((*RUN, "--storage", "sqlite:///nowhere/s.db"), "unable to open database file"),
+        ((*RUN, "--storage", "sqlite:///junk.db"), "file is not a database"),
+        ((*RUN, "--json", "nowhere/x.json"), "cannot write nowhere/x.json"),
+        ((*RUN, "--json", "."), "name a file"),
+        ((*RUN, "--artifacts", "junk.db/x"), "cannot make the folder"),
+        (("run", "--task", "fashion-cleaning"), "needs a data folder"),
+        (("run", "--task", "fashion-cleaning", "--data", "nowhere"), "nowhere does not exist"),
+        (("demo", "--report", "nowhere/x.html"), "cannot write nowhere/x.html"),
+        (("demo", "--storage", "nonsense"), "cannot open the storage"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_and_leaves_nothing(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("junk.db").write_text("no database")
+    assert greedyhg(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("greedyhg: error: ")
+    assert message in line
+    assert [path.name for path in Path().iterdir()] == ["junk.db"]
+    assert Path("junk.db").read_text() == "no database"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert greedyhg(*RUN, "--device", "cuda") == 2
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_study_of_another_task_is_not_carried_on(capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--storage", "sqlite:///s.db", "--study-name", "s", "--n-trials", "1", *FAST, "--quiet"]
+    assert greedyhg("run", "--task", "digits-l2", *common) == 0
+    for other in (["--task", "digits-cleaning"], ["--task", "digits-l2", "--seed", "1"]):
+        assert greedyhg("run", *other, *common) == 2
+        assert "choose another name" in capsys.readouterr().err
+    assert len(optuna.load_study(study_name="s", storage="sqlite:///s.db").trials) == 1
+
+
+def test_trials_that_all_fail_are_an_error_and_stay_in_the_storage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> float:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("optuna_greedyhg.tasks.base.refine", fail)
+    common = ["--task", "digits-l2", "--n-trials", "2", "--storage", "sqlite:///s.db", "--study-name", "s"]
+    assert greedyhg("run", *common) == 1
+    assert "no trial of the study has completed" in capsys.readouterr().err
+    states = [t.state for t in optuna.load_study(study_name="s", storage="sqlite:///s.db").trials]
+    assert states == [TrialState.FAIL] * 2
+
+
+def test_the_installed_command_works() -> None:
+    command = Path(sys.executable).with_name("greedyhg")
+    done = subprocess.run([command, "tasks"], capture_output=True, text=True, check=True)
+    assert "digits-cleaning" in done.stdout
