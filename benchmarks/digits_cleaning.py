@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import environment
 import optuna
 import torch
 
@@ -36,13 +35,7 @@ def main() -> None:
     torch.set_num_threads(1)
 
     runs = [run(seed, arguments.n_trials) for seed in range(arguments.seeds)]
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "optuna": optuna.__version__},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "summary": summarize(runs),
-        "runs": runs,
-    }
+    result = {**environment.describe(), "summary": summarize(runs), "runs": runs}
     print(json.dumps(result["summary"], indent=2))
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -37,7 +37,7 @@ from optuna_greedyhg.hypergrad.update_rules import UpdateRule, hyperparameter_na
 OuterOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Stop = Literal["finished", "patience", "diverged"]
 
-ADAM: OuterOptimizer = partial(torch.optim.Adam, lr=0.1)
+ADAM: OuterOptimizer = partial(torch.optim.Adam, lr=0.3)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class DescentOptions:
     n_outer_steps: int = 50
     outer_optimizer: OuterOptimizer = ADAM
     evaluate: Protocol | Literal["retrain", "online"] = "retrain"
-    evaluate_every: int = 5
+    evaluate_every: int = 10
     metric: str = "loss"
     maximize: bool = False
     patience: int | None = None
@@ -144,7 +144,7 @@ def descend(
     Keyword Args:
         horizon: Number T of training steps in one outer step.
         n_outer_steps: Number of steps of α.
-        outer_optimizer: Makes the optimizer of α's coordinates from a list of tensors; Adam with lr 0.1 by default.
+        outer_optimizer: Makes the optimizer of α's coordinates from a list of tensors; Adam with lr 0.3 by default.
         evaluate: The protocol of evaluation: :class:`Retrain` (or ``"retrain"``) or :class:`Online` (``"online"``).
         evaluate_every: Number of outer steps between two evaluations; the first and the last α are always evaluated.
         metric: What is evaluated: ``"loss"`` or one of the problem's metrics. Descent is always along ``val_loss``.

@@ -39,7 +39,7 @@ def refine(
     n_outer_steps: int = 50,
     outer_optimizer: OuterOptimizer = ADAM,
     evaluate: Protocol | Literal["retrain", "online"] = "retrain",
-    evaluate_every: int = 5,
+    evaluate_every: int = 10,
     metric: str = "loss",
     patience: int | None = None,
     restart: bool = False,
@@ -67,7 +67,7 @@ def refine(
         horizon: Number of training steps in one outer step.
         n_outer_steps: Number of outer steps.
         outer_optimizer: Makes the optimizer that moves α from a list of tensors, for example
-            ``functools.partial(torch.optim.Adam, lr=0.1)``, which is the default.
+            ``functools.partial(torch.optim.Adam, lr=0.3)``, which is the default.
         evaluate: ``"retrain"`` or :class:`Retrain`: α is the result. ``"online"`` or :class:`Online`: the weights
             carried along are.
         evaluate_every: Number of outer steps between two evaluations.

@@ -1,0 +1,39 @@
+"""What a committed result says about how it was made."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+import optuna
+import torch
+
+import optuna_greedyhg
+
+
+def describe() -> dict[str, object]:
+    """The command, the versions and the machine of this process."""
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {
+            "optuna_greedyhg": optuna_greedyhg.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "optuna": optuna.__version__,
+        },
+        "machine": {
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
