@@ -65,7 +65,7 @@ def test_v_times_a_agrees_with_central_differences_on_weights_and_optimizer_stat
     of_slots = {}
     for kind, slot in state.slots.items():
         # Second moments are positive and small: they are moved by a part of themselves.
-        h = {name: 1e-3 * x for name, x in slot.items()} if kind == "exp_avg_sq" else 1e-3
+        h = {name: 1e-3 * x for name, x in slot.items()} if kind == "exp_avg_sq" else 3e-4
         of_slots[kind] = central_differences(lambda s, k=kind: after(state.parameters, {**state.slots, k: s}), slot, h)
     for graph in GRAPHS:
         v_a, v_b = step_of(case, state, alpha, **graph).times_ab(v)
