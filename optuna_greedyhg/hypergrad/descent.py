@@ -137,8 +137,8 @@ def descend(
         problem: The bilevel problem.
         hyperparameters: α: where each group starts and the domain it stays in.
         update_rule: The inner optimizer Φ.
-        estimator: The hypergradient's estimator; ``None`` keeps α at the seed: with the protocol :class:`Retrain`, which
-            judges α alone, the seed is evaluated and that is all.
+        estimator: The hypergradient's estimator; ``None`` keeps α at the seed. Where α alone is judged, by
+            :class:`Retrain`, the seed is evaluated and that is all.
         options: The settings below as one object; given either so or one by one.
 
     Keyword Args:

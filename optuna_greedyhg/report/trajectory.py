@@ -9,8 +9,6 @@ from optuna.trial import FrozenTrial
 from optuna_greedyhg.report.history import number
 from optuna_greedyhg.trials import records
 
-_NOT_ALPHA = ("outer_step", "value", "val_loss", "hypergradient_norm")
-
 Column = list[float | None]
 
 
@@ -33,7 +31,7 @@ class Course:
 
 def course_of(trial: FrozenTrial) -> Course | None:
     """The trial's course; ``None`` if it has no trajectory, or none that can be read."""
-    attribute = trial.user_attrs.get(records.TRAJECTORY)
+    attribute = records.read_trajectory(trial)
     if not isinstance(attribute, dict) or not isinstance(attribute.get("outer_step"), list):
         return None
     n = len(attribute["outer_step"])
@@ -53,6 +51,10 @@ def course_of(trial: FrozenTrial) -> Course | None:
     return Course(
         steps=columns["outer_step"],
         scores=columns.get("value", [None] * n),
-        scalars={key: column for key, column in columns.items() if key not in quantiles and key not in _NOT_ALPHA},
+        scalars={
+            key: column
+            for key, column in columns.items()
+            if key not in quantiles and key not in records.TRAJECTORY_COLUMNS
+        },
         tensors=tensors,
     )

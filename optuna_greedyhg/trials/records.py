@@ -8,8 +8,9 @@ User attributes, flat so that the dashboard can sort by them; a number that is n
     cost_seconds                    wall-clock time inside ``refine``
     best_outer_step, n_outer_steps, stopped     where the best α was found, how far it went, and why it ended
     estimator, protocol             what it was done with
-    trajectory                      the evaluated steps: lists by column, for plots
     tensors, tensors_artifact       the names of α's tensors, and the id of the artifact that holds them
+
+The trajectory, which plots are made of, is a *system* attribute: it would make a page of the dashboard very wide.
 
 Tensors are too large for a storage's attributes. They go to an artifact, a file of ``torch.save`` that is loaded with
 ``weights_only=True``: ``{"version": 1, "seed": {name: tensor}, "refined": {...}, "weights": {...}}``; the weights are
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from optuna.artifacts._protocol import ArtifactStore  # Optuna has no public name for its protocol
 
 SEED, REFINED, COST = "seed_", "refined_", "cost_"
-TRAJECTORY = "trajectory"
 TRAJECTORY_COLUMNS = ("outer_step", "value", "val_loss", "hypergradient_norm")
+_TRAJECTORY = "greedyhg:trajectory"
 _TENSORS, _TENSORS_ARTIFACT = "tensors", "tensors_artifact"
 _VERSION = 1
 _QUANTILES = (0.1, 0.5, 0.9)
@@ -79,7 +80,7 @@ def read_seed(trial: BaseTrial, name: str) -> float | None:
 
 
 class Trajectory:
-    """What an outer step left behind, as columns that fit into one user attribute.
+    """What every outer step has left behind, as columns that fit into one attribute.
 
     Columns are ``outer_step``, ``value`` (``None`` on steps that were not evaluated), ``val_loss`` and
     ``hypergradient_norm`` of the descent itself, one for each scalar of α, and the 10, 50 and 90% quantiles of each of
@@ -112,6 +113,18 @@ class Trajectory:
         stride = -(-len(self._rows) // _TRAJECTORY_LENGTH)  # rounded up
         rows = [row for k, row in enumerate(self._rows) if k % stride == 0 or row["value"] is not None]
         return {key: [_six_digits(row[key]) for row in rows] for key in (rows[0] if rows else {})}
+
+
+def write_trajectory(trial: BaseTrial, trajectory: Trajectory) -> None:
+    """Writes the columns; a trial without a storage keeps none."""
+    if isinstance(trial, Trial):
+        # As Optuna's own artifacts and the dashboard's notes do; Trial has no public way to its system attributes.
+        trial.storage.set_trial_system_attr(trial._trial_id, _TRAJECTORY, trajectory.columns())
+
+
+def read_trajectory(trial: FrozenTrial) -> Any:
+    """What ``write_trajectory`` has written; ``None`` if nothing."""
+    return trial.system_attrs.get(_TRAJECTORY)
 
 
 def write_tensors(

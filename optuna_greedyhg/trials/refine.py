@@ -182,9 +182,9 @@ class _Recorder:
                 "best_outer_step": best.outer_step,
                 "n_outer_steps": self._last.index,
                 "stopped": stopped,
-                records.TRAJECTORY: self._trajectory.columns(),
             },
         )
+        records.write_trajectory(self._trial, self._trajectory)
         is_tensor = set(best.values) - set(refined)
         inits = {name: h.init for name, h in self._alpha.hyperparameters.items()}
         online = isinstance(self._options.protocol, Online)

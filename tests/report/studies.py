@@ -15,7 +15,16 @@ HOSTILE = "</script><script>alert(1)</script> & <img src=x>"
 
 
 def finished(
-    value, *, state=TrialState.COMPLETE, cost=100, minute=0, test=None, intermediate=None, lr=0.1, **attributes
+    value,
+    *,
+    state=TrialState.COMPLETE,
+    cost=100,
+    minute=0,
+    test=None,
+    intermediate=None,
+    lr=0.1,
+    trajectory=None,
+    **attributes,
 ):
     """A finished trial with one scalar that is refined, and another parameter that is not."""
     scores = {} if value is None else {"val_loss": value, "test_loss": test}
@@ -25,6 +34,7 @@ def finished(
         params={"lr": lr, "kind": "<b>bold</b>"},
         distributions={"lr": LR, "kind": KIND},
         user_attrs=records.plain({"cost_n_train_gradients": cost, **scores, **attributes}),
+        system_attrs={"greedyhg:trajectory": trajectory},
         intermediate_values=intermediate or {},
     )
     trial.datetime_complete = datetime(2024, 1, 1) + timedelta(minutes=minute)

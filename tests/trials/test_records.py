@@ -102,7 +102,7 @@ def test_attributes_are_plain_json_of_finite_numbers(tmp_path: Path) -> None:
 
 def test_the_trajectory_tells_every_step() -> None:
     trial = refined(None)
-    columns = trial.user_attrs["trajectory"]
+    columns = records.read_trajectory(trial)
     assert columns["outer_step"] == [0, 1, 2, 3, 4]
     assert [value is not None for value in columns["value"]] == [True, False, True, False, True]
     assert min(v for v in columns["value"] if v is not None) == pytest.approx(trial.value, rel=1e-5)
