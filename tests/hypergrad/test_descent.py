@@ -232,6 +232,13 @@ class TestEvaluations:
         assert (last.index, last.stopped) == (stop, "finished" if patience is None else "patience")
         assert float(last.best.values["target"]) == 4.0
 
+    def test_patience_starts_anew_with_every_new_best(self):
+        scores = dict(enumerate([5.0, 6.0, 4.0, 6.0, 3.0, 6.0, 6.0, 6.0]))
+        metrics = {"jagged": lambda model, alpha, _: scores[round(float(alpha["target"]))]}
+        settings = {"n_outer_steps": 7, "evaluate_every": 1, "metric": "jagged", "patience": 2}
+        last = walk(problem={"metrics": metrics}, **settings)[-1]
+        assert (last.index, last.stopped, last.best.outer_step) == (6, "patience", 4)
+
     def test_the_costs_of_everything_add_up(self):
         case = Case(SPECIMENS["minibatches"](), UPDATE_RULES["momentum"])
         settings = {"horizon": 3, "n_outer_steps": 3, "evaluate": Retrain(2), "evaluate_every": 2}

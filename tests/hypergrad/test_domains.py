@@ -42,6 +42,15 @@ def test_coordinate_zero_is_the_middle_and_the_far_ends_are_the_bounds(interval,
 
 
 @pytest.mark.parametrize("log", [False, True])
+def test_rounding_never_leads_out_of_an_interval(log):
+    """Without care it does: exp(log(low)) may be below low, and low + (high − low) above high."""
+    for i in range(1, 200):
+        interval = Interval(0.1 + 0.037 * i, 1.3 + 0.071 * i, log=log)
+        low, high = interval.to_value(float64(-1e4, 1e4)).tolist()
+        assert interval.low <= low < high <= interval.high
+
+
+@pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_seed_on_a_bound_stays_there_to_a_thousandth_and_can_move(log, dtype):
     interval = Interval(0.1, 0.7, log=log)  # neither bound is a float32 number

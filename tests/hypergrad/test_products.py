@@ -109,6 +109,16 @@ def test_a_second_product_of_one_step_is_made_from_its_replay():
     assert_agree(step.times_b(v), step.times_b(v), rtol=0.0)
 
 
+@pytest.mark.parametrize("rule", UPDATE_RULES.values(), ids=UPDATE_RULES.keys())
+def test_a_step_without_a_graph_or_a_random_state_is_replayed_where_it_draws_no_numbers(rule):
+    case = Case(SPECIMENS["batchnorm"](), rule)
+    alpha, state = case.alpha(), case.state_after(N_WARM)
+    v = random_covector(state)
+    (v_a, v_b), (kept_a, kept_b) = (step_of(case, state, alpha, **g).times_ab(v) for g in ({}, GRAPHS[0]))
+    assert_agree(v_a.parameters, kept_a.parameters, rtol=1e-12)
+    assert_agree(v_b, kept_b, rtol=1e-12)
+
+
 @pytest.mark.parametrize("graph", GRAPHS, ids=["kept", "replayable"])
 @pytest.mark.parametrize("specimen", ["dropout", "batchnorm"])
 def test_a_step_ends_in_the_same_state_whatever_is_kept_of_it(specimen, graph):
