@@ -196,9 +196,10 @@ def _outer_loop(
 ) -> Iterator[OuterStep]:
     alpha = to_coordinates(hyperparameters, products.problem.device, products.problem.dtype)
     start = state = products.initial_state()
-    # Where α alone is the result, nothing is learnt from training on under an α that does not move.
-    n_outer_steps = 0 if estimator is None and isinstance(options.protocol, Retrain) else options.n_outer_steps
+    moves = estimator is not None
     estimator = estimator or Fixed()
+    # Where α alone is the result, nothing is learnt from training on under an α that does not move.
+    n_outer_steps = options.n_outer_steps if moves or isinstance(options.protocol, Online) else 0
     seed = _evaluate(products, alpha, state, 0, options)
     best = seed = replace(seed, values={name: h.init for name, h in hyperparameters.items()})
     nan = math.nan
@@ -223,14 +224,15 @@ def _outer_loop(
             step_scale /= 2
             state = last_good.state
             alpha, optimizer_state = outer.step(last_good, step_scale)
-        if k == 1 and not isinstance(estimator, Fixed):
+        if k == 1 and moves:
             _warn_of_idle(roll_out.hypergradient, estimator)
         n_failures = 0
         norm = trees.norm(roll_out.hypergradient)
         hypergradient = _clipped(roll_out.hypergradient, norm, options.max_hypergradient_norm)
         state = start if options.restart else roll_out.state
         last_good = _Point(alpha, state, optimizer_state, hypergradient)
-        alpha, optimizer_state = outer.step(last_good, step_scale)
+        if moves:
+            alpha, optimizer_state = outer.step(last_good, step_scale)
 
         evaluated: Evaluation | None = None
         stopped = "finished" if k == n_outer_steps else None
@@ -242,7 +244,8 @@ def _outer_loop(
             if options.patience is not None and evaluations_since_best >= options.patience and stopped is None:
                 stopped = "patience"
         values = trees.clone(dict(products.values(alpha)))
-        yield OuterStep(k, values, roll_out.val_loss, float(norm), evaluated, best, replace(products.cost), stopped)
+        val_loss = nan if roll_out.val_loss is None else float(roll_out.val_loss)
+        yield OuterStep(k, values, val_loss, float(norm), evaluated, best, replace(products.cost), stopped)
         if stopped:
             return
 
@@ -259,10 +262,11 @@ class _Point(NamedTuple):
 class _RollOut(NamedTuple):
     state: TrainState
     hypergradient: Tensors
-    val_loss: float
+    val_loss: Tensor | None  # at the end of the horizon, if the estimator has asked for it
 
     def is_finite(self) -> bool:
-        return trees.all_finite([*self.state.parameters.values(), *self.hypergradient.values()])
+        asked = [] if self.val_loss is None else [self.val_loss]
+        return trees.all_finite([*self.state.parameters.values(), *self.hypergradient.values(), *asked])
 
 
 def _roll_out(
@@ -272,12 +276,11 @@ def _roll_out(
     memory = estimator.init(alpha)
     for t in range(1, horizon + 1):
         keep = estimator.keeps_graph(t, horizon)
-        step = products.step(state, alpha, next(stream), keep_graph=keep, replayable=estimator.replays)
+        step = products.step(state, alpha, next(stream), keep_graph=keep, remaining=horizon - t)
         memory = estimator.observe(memory, step)
         state = step.after
     hypergradient = estimator.estimate(memory, step)
-    val_loss = math.nan if step.validated is None else float(step.validated.loss)
-    return _RollOut(state, hypergradient, val_loss)
+    return _RollOut(state, hypergradient, None if step.validated is None else step.validated.loss)
 
 
 class _Outer:

@@ -7,7 +7,7 @@ through the update rule, which is elementwise and cheap, and through the gradien
     u = v·∂Φ/∂g,      v·B = u·∂g/∂α + (v·∂Φ/∂θ)·∂θ/∂α,      v·A = u·∇²_w L_train + v·∂Φ/∂(w, s)
 
 u·∂g/∂α is taken in reverse over the training step's own graph, which is kept until the product is made and then freed,
-or is built again by replaying the step with the same batch and random state.
+or is built again by replaying the step with the same batch and random numbers.
 
 All derivatives in α are with respect to its unconstrained *coordinates* (see ``domains``). Buffers (BatchNorm's running
 statistics) are constants of the derivatives.
@@ -15,8 +15,10 @@ statistics) are constants of the derivatives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -85,13 +87,19 @@ class Products:
         """α's values at these coordinates."""
         return Values(self._domains, alpha)
 
+    def with_rule(self, update_rule: UpdateRule) -> Products:
+        """The same problem, streams and costs under another update rule."""
+        other = copy.copy(self)
+        other.update_rule = update_rule
+        return other
+
     def initial_state(self) -> TrainState:
         """w_0, and the update rule's state before the first step."""
         parameters = self.problem.initial_parameters
         return TrainState(parameters, self.problem.initial_buffers, self.update_rule.init(parameters), 0)
 
     def step(
-        self, state: TrainState, alpha: Tensors, batch: Batch, *, keep_graph: bool = False, replayable: bool = False
+        self, state: TrainState, alpha: Tensors, batch: Batch, *, keep_graph: bool = False, remaining: int = 0
     ) -> InnerStep:
         """Makes one training step.
 
@@ -100,17 +108,10 @@ class Products:
             alpha: The coordinates of α.
             batch: The training batch.
             keep_graph: Keep the gradient's graph for the first product that is asked for.
-            replayable: Note the random state, so that the step can be replayed where it draws random numbers.
+            remaining: The number T − t of steps that come after it in its horizon.
         """
-        random_state = randomness.capture(self.problem.device) if replayable else None
-        graph = self._gradient(state, alpha, batch, create_graph=keep_graph)
-        gradient = {name: g.detach() for name, g in graph.gradient.items()}
-        with torch.no_grad():
-            theta = resolve(self.update_rule, self.values(alpha))
-            parameters, slots = self.update_rule.step(state.parameters, gradient, state.slots, theta, state.n_steps)
-        after = TrainState(parameters, graph.buffers, slots, state.n_steps + 1)
-        kept = graph if keep_graph and graph.reads else None
-        return InnerStep(self, state, after, alpha, batch, gradient, graph.reads, random_state, kept)
+        recipe = StepRecipe(self, alpha, batch, randomness.capture(self.problem.device), remaining)
+        return recipe.cook(state, keep_graph)
 
     def validate(self, state: TrainState, alpha: Tensors, batch: Batch) -> Validation:
         """L_val and both of its gradients at one state, in one pass."""
@@ -123,14 +124,62 @@ class Products:
         self.cost.n_val_gradients += batches.n_examples(batch)
         return Validation(loss.detach(), gradient, direct)
 
-    def _gradient(self, state: TrainState, alpha: Tensors, batch: Batch, *, create_graph: bool) -> _Graph:
+
+@dataclass(frozen=True)
+class StepRecipe:
+    """All that a training step is made of but the state it starts from, so that it can be made again, from any state.
+
+    Attributes:
+        products: The problem, its update rule, and the count of costs.
+        alpha: The coordinates of α.
+        batch: The training batch.
+        random_state: The state of the random generators when the step was first made.
+        remaining: The number T − t of steps that come after it in its horizon.
+    """
+
+    products: Products
+    alpha: Tensors
+    batch: Batch
+    random_state: RandomState
+    remaining: int
+
+    def make(self, state: TrainState, *, keep_graph: bool = False) -> InnerStep:
+        """The step from another state, or again from the same, with the random numbers that it had."""
+        with self._replayed():
+            return self.cook(state, keep_graph)
+
+    def with_rule(self, update_rule: UpdateRule) -> StepRecipe:
+        """The same step by another update rule."""
+        return replace(self, products=self.products.with_rule(update_rule))
+
+    def cook(self, state: TrainState, keep_graph: bool) -> InnerStep:
+        """The step with the random numbers that come."""
+        rule = self.products.update_rule
+        graph = self._gradient(state, create_graph=keep_graph)
+        gradient = {name: g.detach() for name, g in graph.gradient.items()}
+        with torch.no_grad():
+            theta = resolve(rule, self.products.values(self.alpha))
+            parameters, slots = rule.step(state.parameters, gradient, state.slots, theta, state.n_steps)
+        after = TrainState(parameters, graph.buffers, slots, state.n_steps + 1)
+        kept = graph if keep_graph and graph.reads else None
+        return InnerStep(self, state, after, gradient, graph.reads, kept)
+
+    def graph_at(self, state: TrainState) -> _Graph:
+        """∇_w L_train at a state, with its graph, and with the random numbers that the step had."""
+        with self._replayed():
+            return self._gradient(state, create_graph=True)
+
+    def _replayed(self) -> AbstractContextManager[None]:
+        return randomness.restored(self.random_state, self.products.problem.device)
+
+    def _gradient(self, state: TrainState, *, create_graph: bool) -> _Graph:
         with torch.enable_grad():
-            w, z = trees.leaves(state.parameters), trees.leaves(alpha)
-            values = self.values(z)
-            loss, buffers = self.problem.train(w, state.buffers, values, batch)
+            w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
+            values = self.products.values(z)
+            loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)
             _require_gradient(loss, "train_loss")
             (gradient,) = _grad([loss], [w], create_graph=create_graph)
-        self.cost.n_train_gradients += batches.n_examples(batch)
+        self.products.cost.n_train_gradients += batches.n_examples(self.batch)
         return _Graph(gradient, buffers, w, z, tuple(name for name in z if name in values.used))
 
 
@@ -138,35 +187,43 @@ class InnerStep:
     """One training step (w_{t−1}, s_{t−1}) → (w_t, s_t), which offers its derivatives to an estimator.
 
     Attributes:
-        before: The state that the step started from.
+        recipe: What it was made of.
+        before: The state that it started from.
         after: The state that it ended in.
-        alpha: The coordinates of α that it was made with.
-        batch: Its training batch.
         gradient: ∇_w L_train(w_{t−1}, α).
     """
 
     def __init__(
         self,
-        products: Products,
+        recipe: StepRecipe,
         before: TrainState,
         after: TrainState,
-        alpha: Tensors,
-        batch: Batch,
         gradient: Tensors,
         reads: tuple[str, ...],
-        random_state: RandomState | None,
         graph: _Graph | None,
     ) -> None:
+        self.recipe = recipe
         self.before = before
         self.after = after
-        self.alpha = alpha
-        self.batch = batch
         self.gradient = gradient
-        self._products = products
         self._reads = reads
-        self._random_state = random_state
         self._graph = graph
+        self._held = False
         self._validation: Validation | None = None
+
+    @property
+    def remaining(self) -> int:
+        """The number T − t of steps that come after it in its horizon."""
+        return self.recipe.remaining
+
+    @contextmanager
+    def held(self) -> Iterator[InnerStep]:
+        """Within the block, all products share one graph, instead of building it again for each but the first."""
+        self._held = True
+        try:
+            yield self
+        finally:
+            self._held, self._graph = False, None
 
     @property
     def validated(self) -> Validation | None:
@@ -176,33 +233,60 @@ class InnerStep:
     def validation(self) -> Validation:
         """L_val at ``after`` on the next validation batch; computed once, however often it is asked for."""
         if self._validation is None:
-            products = self._products
-            self._validation = products.validate(self.after, self.alpha, next(products.val_stream))
+            products = self.recipe.products
+            self._validation = products.validate(self.after, self.recipe.alpha, next(products.val_stream))
         return self._validation
 
     def times_b(self, v: Covector) -> Tensors:
         """v·B_t, by hyperparameter; ``before`` is held fixed."""
-        return self._pull_back(v, to_state=False)[1]
+        return self._pull_back(v, to_state=False, to_alpha=True)[1]
+
+    def times_a(self, v: Covector) -> Covector:
+        """v·A_t, on weights and optimizer state."""
+        return self._pull_back(v, to_state=True, to_alpha=False)[0]
 
     def times_ab(self, v: Covector) -> tuple[Covector, Tensors]:
         """v·A_t and v·B_t, from one graph."""
-        return self._pull_back(v, to_state=True)
+        return self._pull_back(v, to_state=True, to_alpha=True)
 
-    def _pull_back(self, v: Covector, *, to_state: bool) -> tuple[Covector, Tensors]:
-        """v·A_t (empty unless ``to_state``) and v·B_t."""
-        rule, before = self._products.update_rule, self.before
+    def times_hessian(self, vectors: Tensors) -> Tensors:
+        """v·∇²_w L_train(w_{t−1}, α) for several v at once.
+
+        Args:
+            vectors: Trees like the weights, stacked along a new first dimension.
+        """
+        graph = self._take_graph()
+        live = {name: g for name, g in graph.gradient.items() if g.requires_grad}
+        n = len(next(iter(vectors.values())))
+        self.recipe.products.cost.n_products += n * batches.n_examples(self.recipe.batch)
+        if not live:
+            return trees.zeros_like(vectors)
+        products = torch.autograd.grad(
+            list(live.values()),
+            list(graph.w.values()),
+            [vectors[name] for name in live],
+            retain_graph=self._held,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+        return {k: torch.zeros_like(vectors[k]) if x is None else x for k, x in zip(graph.w, products, strict=True)}
+
+    def _pull_back(self, v: Covector, *, to_state: bool, to_alpha: bool) -> tuple[Covector, Tensors]:
+        """v·A_t and v·B_t, each empty unless it is asked for."""
+        products, before = self.recipe.products, self.before
+        rule = products.update_rule
         with torch.enable_grad():
-            w, g, z = trees.leaves(before.parameters), trees.leaves(self.gradient), trees.leaves(self.alpha)
+            w, g, z = trees.leaves(before.parameters), trees.leaves(self.gradient), trees.leaves(self.recipe.alpha)
             s = {kind: trees.leaves(tree) for kind, tree in before.slots.items()}
-            theta = resolve(rule, self._products.values(z))
-            parameters, slots = rule.step(w, g, s, theta, before.n_steps)
+            parameters, slots = rule.step(w, g, s, resolve(rule, products.values(z)), before.n_steps)
         outputs = [*parameters.values(), *(x for kind in v.slots for x in slots[kind].values())]
         cotangents = [*(v.parameters[name] for name in parameters), *(v.slots[k][n] for k in v.slots for n in slots[k])]
-        sources = [g, z, *([w, *s.values()] if to_state else [])]
+        sources = [g, z if to_alpha else {}, *([w, *s.values()] if to_state else [])]
         u, z_bar, *state_bar = _grad(outputs, sources, cotangents)
 
-        if self._reads or to_state:
-            through_w, through_z = self._through_gradient(u, to_state)
+        reads = self._reads if to_alpha else ()
+        if reads or to_state:
+            through_w, through_z = self._through_gradient(u, to_state, reads)
             z_bar = {name: x + through_z[name] if name in through_z else x for name, x in z_bar.items()}
             if to_state:
                 state_bar[0] = trees.add(state_bar[0], through_w)
@@ -210,22 +294,23 @@ class InnerStep:
             return Covector({}), z_bar
         return Covector(state_bar[0], dict(zip(s, state_bar[1:], strict=True))), z_bar
 
-    def _through_gradient(self, u: Tensors, to_state: bool) -> tuple[Tensors, Tensors]:
-        """u·∇²_w L_train (empty unless ``to_state``) and u·∂g/∂α for the hyperparameters that the loss reads."""
-        graph, self._graph = self._graph or self._replay(), None  # autograd frees a graph at its first use
+    def _through_gradient(self, u: Tensors, to_state: bool, reads: tuple[str, ...]) -> tuple[Tensors, Tensors]:
+        """u·∇²_w L_train (empty unless ``to_state``) and u·∂g/∂α for the hyperparameters ``reads``."""
+        graph = self._take_graph()
         w = graph.w if to_state else {}
-        z = {name: graph.z[name] for name in graph.reads}
+        z = {name: graph.z[name] for name in reads}
         # A gradient that is constant in w and α (a loss linear in both) has no graph, and a derivative of zero.
         live = [name for name, g in graph.gradient.items() if g.requires_grad]
-        w_bar, z_bar = _grad([graph.gradient[name] for name in live], [w, z], [u[name] for name in live])
-        self._products.cost.n_products += batches.n_examples(self.batch) * (bool(z) + bool(w))
+        outputs, cotangents = [graph.gradient[name] for name in live], [u[name] for name in live]
+        w_bar, z_bar = _grad(outputs, [w, z], cotangents, retain_graph=self._held)
+        self.recipe.products.cost.n_products += batches.n_examples(self.recipe.batch) * (bool(z) + bool(w))
         return w_bar, z_bar
 
-    def _replay(self) -> _Graph:
-        if self._random_state is None:
-            return self._products._gradient(self.before, self.alpha, self.batch, create_graph=True)
-        with randomness.restored(self._random_state, self._products.problem.device):
-            return self._products._gradient(self.before, self.alpha, self.batch, create_graph=True)
+    def _take_graph(self) -> _Graph:
+        """The step's graph, which is there for one use, as autograd frees it, unless the step is held."""
+        graph = self._graph or self.recipe.graph_at(self.before)
+        self._graph = graph if self._held else None
+        return graph
 
 
 class _Graph(NamedTuple):
@@ -239,13 +324,27 @@ class _Graph(NamedTuple):
 
 
 def _grad(
-    outputs: list[Tensor], inputs: list[Tensors], cotangents: list[Tensor] | None = None, create_graph: bool = False
+    outputs: list[Tensor],
+    inputs: list[Tensors],
+    cotangents: list[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool = False,
 ) -> list[Tensors]:
     """The derivatives of ``cotangents``·``outputs``, one tree for each tree of ``inputs``; zero where there is none."""
     flat = [x for tree in inputs for x in tree.values()]
     if outputs and flat:
-        options = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
-        bars = iter(torch.autograd.grad(outputs, flat, cotangents, **options))
+        bars = iter(
+            torch.autograd.grad(
+                outputs,
+                flat,
+                cotangents,
+                create_graph=create_graph,
+                retain_graph=create_graph or retain_graph,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
     else:
         bars = iter([torch.zeros_like(x) for x in flat])
     return [{name: next(bars) for name in tree} for tree in inputs]

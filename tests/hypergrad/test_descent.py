@@ -489,3 +489,30 @@ def test_options_may_be_given_as_one_object():
     one_by_one = run(case, Greedy(0.9), horizon=3, n_outer_steps=2, evaluate=Retrain(4), seed=1, evaluate_every=5)
     for a, b in zip(as_one, one_by_one, strict=True):
         torch.testing.assert_close(a.values, b.values, rtol=0.0, atol=0.0)
+
+
+def test_a_validation_loss_that_is_not_a_number_is_a_failure_even_if_its_gradient_is_finite():
+    class NaNWithFiniteGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * math.nan
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    case = Case(toy(), SGD(lr=0.1))
+    problem = case.specimen.problem(
+        val_loss=lambda model, alpha, batch: NaNWithFiniteGradient.apply(model().square().sum())
+    )
+    last = run(case, Greedy(), problem, n_outer_steps=3, horizon=2)[-1]
+    assert (last.stopped, last.index) == ("diverged", 1)
+
+
+def test_without_an_estimator_no_outer_optimizer_moves_alpha():
+    case = Case(toy(), SGD(lr=0.1))
+    decaying = partial(torch.optim.SGD, lr=0.1, weight_decay=0.5)
+    last = run(case, None, n_outer_steps=3, horizon=2, outer_optimizer=decaying)[-1]
+    assert last.index == 3
+    for name, value in last.values.items():
+        assert torch.equal(value, case.hyperparameters[name].init)

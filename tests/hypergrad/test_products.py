@@ -17,7 +17,7 @@ CASES = {
     for rule, specimen in [*product(UPDATE_RULES, ["minibatches"]), *product(["momentum", "Adam"], SPECIMENS)]
 }
 EVERY_CASE = pytest.mark.parametrize(("rule", "specimen"), CASES.values(), ids=CASES.keys())
-GRAPHS = ({"keep_graph": True}, {"replayable": True})
+GRAPHS = ({"keep_graph": True}, {})
 
 
 def step_of(case, state, alpha, **graph):
@@ -104,13 +104,13 @@ def test_products_agree_when_only_the_update_rule_reads_alpha(rule):
 
 def test_a_second_product_of_one_step_is_made_from_its_replay():
     case = Case(SPECIMENS["dropout"](), UPDATE_RULES["momentum"])
-    step = step_of(case, case.state_after(N_WARM), case.alpha(), keep_graph=True, replayable=True)
+    step = step_of(case, case.state_after(N_WARM), case.alpha(), keep_graph=True)
     v = random_covector(step.after)
     assert_agree(step.times_b(v), step.times_b(v), rtol=0.0)
 
 
 @pytest.mark.parametrize("rule", UPDATE_RULES.values(), ids=UPDATE_RULES.keys())
-def test_a_step_without_a_graph_or_a_random_state_is_replayed_where_it_draws_no_numbers(rule):
+def test_a_replayed_step_has_the_products_of_a_kept_one(rule):
     case = Case(SPECIMENS["batchnorm"](), rule)
     alpha, state = case.alpha(), case.state_after(N_WARM)
     v = random_covector(state)
@@ -119,7 +119,7 @@ def test_a_step_without_a_graph_or_a_random_state_is_replayed_where_it_draws_no_
     assert_agree(v_b, kept_b, rtol=1e-12)
 
 
-@pytest.mark.parametrize("graph", GRAPHS, ids=["kept", "replayable"])
+@pytest.mark.parametrize("graph", GRAPHS, ids=["kept", "replayed"])
 @pytest.mark.parametrize("specimen", ["dropout", "batchnorm"])
 def test_a_step_ends_in_the_same_state_whatever_is_kept_of_it(specimen, graph):
     case = Case(SPECIMENS[specimen](), UPDATE_RULES["Adam"])
@@ -136,9 +136,9 @@ def test_dropout_masks_matter_to_the_products():
     case = Case(SPECIMENS["dropout"](), UPDATE_RULES["momentum"])
     alpha, state = case.alpha(), case.state_after(N_WARM)
     with randomness.seeded(SEED + 1, CPU):
-        other = case.products().step(state, alpha, case.train_batch(N_WARM), replayable=True)
+        other = case.products().step(state, alpha, case.train_batch(N_WARM))
     v = random_covector(state)
-    here = step_of(case, state, alpha, replayable=True).times_b(v)["example_logits"]
+    here = step_of(case, state, alpha).times_b(v)["example_logits"]
     assert float((other.times_b(v)["example_logits"] - here).abs().max()) > 1e-2 * float(here.abs().max())
 
 
@@ -191,7 +191,7 @@ def test_a_covector_that_leaves_out_the_optimizer_state_is_zero_there(rule):
     alpha, state = case.alpha(), case.state_after(N_WARM)
     v = random_covector(state)
     zeros = {kind: {name: torch.zeros_like(x) for name, x in tree.items()} for kind, tree in v.slots.items()}
-    left_out = step_of(case, state, alpha, replayable=True).times_ab(Covector(v.parameters))
-    explicit = step_of(case, state, alpha, replayable=True).times_ab(Covector(v.parameters, zeros))
+    left_out = step_of(case, state, alpha).times_ab(Covector(v.parameters))
+    explicit = step_of(case, state, alpha).times_ab(Covector(v.parameters, zeros))
     assert_agree(left_out[0].parameters, explicit[0].parameters, rtol=1e-14)
     assert_agree(left_out[1], explicit[1], rtol=1e-14)

@@ -21,10 +21,6 @@ class Estimator(Protocol[Memory]):
         """Whether step t will be asked for a product before the next one, from the training step's own graph."""
 
     @property
-    def replays(self) -> bool:
-        """Whether products are asked of steps whose graph was not kept, so that the steps must be replayable."""
-
-    @property
     def biased_in_restart_mode(self) -> bool:
         """Whether its zeros are not those of the hypergradient when every outer step trains again from w_0."""
 

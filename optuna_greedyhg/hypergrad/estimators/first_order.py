@@ -18,10 +18,6 @@ class FirstOrder:
     """The direct gradient; no products. It is zero, and α stays where it is, if the validation loss does not read α."""
 
     @property
-    def replays(self) -> bool:
-        return False
-
-    @property
     def biased_in_restart_mode(self) -> bool:
         return False  # no more than it is in any mode
 

@@ -19,10 +19,6 @@ class Fixed:
     """Zero, at no cost: neither products nor validation gradients."""
 
     @property
-    def replays(self) -> bool:
-        return False
-
-    @property
     def biased_in_restart_mode(self) -> bool:
         return False
 

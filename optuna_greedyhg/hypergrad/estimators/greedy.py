@@ -40,10 +40,6 @@ class Greedy:
             raise ValueError(f"gamma must be in [0, 1], but got {self.gamma}.")
 
     @property
-    def replays(self) -> bool:
-        return False
-
-    @property
     def biased_in_restart_mode(self) -> bool:
         return self.gamma > 0.0
 

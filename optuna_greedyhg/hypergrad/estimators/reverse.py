@@ -26,10 +26,6 @@ class Reverse:
     """
 
     @property
-    def replays(self) -> bool:
-        return True
-
-    @property
     def biased_in_restart_mode(self) -> bool:
         return False
 
