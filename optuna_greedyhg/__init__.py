@@ -1,9 +1,10 @@
 """Gradient-based refinement of hyperparameters inside Optuna trials, by greedy hypergradient descent."""
 
 from optuna_greedyhg.hypergrad.cost import Cost
+from optuna_greedyhg.hypergrad.curvature import ConjugateGradients, Neumann
 from optuna_greedyhg.hypergrad.descent import DescentOptions, OuterStep, descend
 from optuna_greedyhg.hypergrad.domains import Domain, Hyperparameter, Interval, Positive, Unbounded
-from optuna_greedyhg.hypergrad.estimators import Estimator, FirstOrder, Greedy, Reverse
+from optuna_greedyhg.hypergrad.estimators import DrMAD, Estimator, FirstOrder, Forward, Greedy, Implicit, Reverse
 from optuna_greedyhg.hypergrad.evaluation import Evaluation, Online, Retrain
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW, UpdateRule
@@ -20,16 +21,21 @@ __all__ = [
     "AdamW",
     "Alpha",
     "BilevelProblem",
+    "ConjugateGradients",
     "Cost",
     "DescentOptions",
     "Domain",
+    "DrMAD",
     "Estimator",
     "Evaluation",
     "FirstOrder",
+    "Forward",
     "Greedy",
     "GreedyHGSampler",
     "Hyperparameter",
+    "Implicit",
     "Interval",
+    "Neumann",
     "Online",
     "OuterStep",
     "Positive",

@@ -224,6 +224,21 @@ def bowl(*, start: float = 2.0) -> Specimen:
     )
 
 
+def regression() -> Specimen:
+    """Least squares with a weight for every example: a training loss whose Hessian is positive definite everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N_EXAMPLES, N_FEATURES, generator=generator, dtype=torch.float64)
+    y = torch.randn(N_EXAMPLES, generator=generator, dtype=torch.float64)
+    logits = torch.randn(N_EXAMPLES, generator=generator, dtype=torch.float64)
+    return Specimen(
+        module=Weights(*([0.5] * N_FEATURES)),
+        train_loss=lambda model, alpha, b: (alpha["example_logits"].sigmoid() * (b[0] @ model() - b[1]) ** 2).mean(),
+        val_loss=lambda model, alpha, _: (model() ** 3).sum() + alpha["example_logits"].square().mean(),
+        hyperparameters={"example_logits": Hyperparameter(logits)},
+        train_batches=[(x, y)],
+    )
+
+
 def cliff(limit: float, *, slope: Callable[[Tensor], Tensor] = lambda w: -w) -> Specimen:
     """Training turns NaN as soon as α, which the validation loss ``slope`` drives upwards from 0, passes ``limit``.
 

@@ -122,6 +122,26 @@ def val_loss_by_torch_optim(case: Case, alpha: Tensors, n_steps: int, seed: int 
         return float(case.specimen.val_loss(module.eval(), case.values(alpha), case.val_batch(0)))
 
 
+def implicit(case: Case, end: TrainState, alpha: Tensors) -> Tensors:
+    """∇_α L_val − v·(∂F/∂w)⁻¹·∂F/∂α at given weights, F = ∇_w L_train + wd·w on the first batch, by dense matrices."""
+    z, w = _leaves(alpha), _leaves(end.parameters)
+    values = case.values(z)
+    loss = _call(case.specimen.module, case.specimen.train_loss, w, dict(end.buffers), values, case.train_batch(0))
+    weight_decay = 0.0 if isinstance(case.rule, AdamW) else case.rule.theta["weight_decay"]
+    penalty = values[weight_decay] if isinstance(weight_decay, str) else weight_decay
+    loss = loss + 0.5 * penalty * sum(x.square().sum() for x in w.values())
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(w.values()), create_graph=True)])
+    by_w, by_z = (
+        [torch.autograd.grad(g, list(leaves.values()), retain_graph=True, materialize_grads=True) for g in gradient]
+        for leaves in (w, z)
+    )
+    jacobian = torch.stack([torch.cat([x.flatten() for x in row]) for row in by_w])
+    val_loss = _validate(case, Point(w, end.buffers, end.slots), z, 0)
+    v, direct = _gradients(val_loss, w), _gradients(val_loss, z)
+    q = torch.linalg.solve(jacobian.T, torch.cat([x.flatten() for x in v.values()]))
+    return {name: direct[name] - sum(q[i] * row[k] for i, row in enumerate(by_z)) for k, name in enumerate(z)}
+
+
 def central_differences(f: Callable[[Tensors], float], x: Tensors, h: float | Tensors = 3e-4) -> Tensors:
     """df/dx entry by entry, with an error of order h⁴."""
     result = {name: torch.zeros_like(t) for name, t in x.items()}

@@ -56,6 +56,13 @@ class Covector:
     slots: Slots = field(default_factory=dict)
 
 
+class Tangents(NamedTuple):
+    """Derivatives of the state (w, s) in H directions, each tree's tensors with a new first dimension of length H."""
+
+    parameters: Tensors
+    slots: Slots
+
+
 class Validation(NamedTuple):
     """The validation loss at one state, and its two gradients."""
 
@@ -249,6 +256,36 @@ class InnerStep:
         """v·A_t and v·B_t, from one graph."""
         return self._pull_back(v, to_state=True, to_alpha=True)
 
+    def push_forward(self, tangents: Tangents | None) -> Tangents:
+        """A_t·Z + B_t, for all coordinates of α at once, in the order of the tree's flattened entries.
+
+        Args:
+            tangents: Z = d(w_{t−1}, s_{t−1})/dα; ``None`` is zero.
+        """
+        recipe, before = self.recipe, self.before
+        problem, rule = recipe.products.problem, recipe.products.update_rule
+        n_coordinates = sum(z.numel() for z in recipe.alpha.values())
+
+        def phi(w: Tensors, s: Slots, z: Tensors) -> tuple[Tensors, Slots]:
+            alpha = recipe.products.values(z)
+            g = torch.func.grad(lambda w: problem.train(w, before.buffers, alpha, recipe.batch)[0])(w)
+            return rule.step(w, g, s, resolve(rule, alpha), before.n_steps)
+
+        def push(dw: Tensors, ds: Slots, dz: Tensors) -> tuple[Tensors, Slots]:
+            primals = (before.parameters, before.slots, recipe.alpha)
+            pushed: tuple[Tensors, Slots] = torch.func.jvp(phi, primals, (dw, ds, dz))[1]
+            return pushed
+
+        if tangents is None:
+            slots = {kind: _stacked_zeros(tree, n_coordinates) for kind, tree in before.slots.items()}
+            tangents = Tangents(_stacked_zeros(before.parameters, n_coordinates), slots)
+        example = next(iter(before.parameters.values()))
+        basis = trees.unflatten(torch.eye(n_coordinates, dtype=problem.dtype, device=example.device), recipe.alpha)
+        with randomness.restored(recipe.random_state, problem.device):
+            pushed = torch.func.vmap(push, randomness="same")(tangents.parameters, tangents.slots, basis)
+        recipe.products.cost.n_products += n_coordinates * batches.n_examples(recipe.batch)
+        return Tangents(*pushed)
+
     def times_hessian(self, vectors: Tensors) -> Tensors:
         """v·∇²_w L_train(w_{t−1}, α) for several v at once.
 
@@ -348,6 +385,10 @@ def _grad(
     else:
         bars = iter([torch.zeros_like(x) for x in flat])
     return [{name: next(bars) for name in tree} for tree in inputs]
+
+
+def _stacked_zeros(tree: Tensors, n: int) -> Tensors:
+    return {name: x.new_zeros(n, *x.shape) for name, x in tree.items()}
 
 
 def _require_gradient(loss: Tensor, name: str) -> None:

@@ -48,6 +48,23 @@ def add_scaled(x: Mapping[str, Tensor], factor: float, y: Mapping[str, Tensor]) 
     return {name: torch.add(x[name], y[name], alpha=factor) for name in x}
 
 
+def lerp(x: Mapping[str, Tensor], y: Mapping[str, Tensor], beta: float) -> Tensors:
+    """``(1 − beta)·x + beta·y``."""
+    return {name: torch.lerp(x[name], y[name], beta) for name in x}
+
+
+def flatten(tree: Mapping[str, Tensor]) -> Tensor:
+    """All entries in one vector."""
+    return torch.cat([x.flatten() for x in tree.values()])
+
+
+def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tensors:
+    """The tree, shaped like another, whose entries are the last dimension of ``vector``; other dimensions lead."""
+    parts = torch.split(vector, [x.numel() for x in like.values()], dim=-1)
+    lead = vector.shape[:-1]
+    return {name: part.reshape((*lead, *x.shape)) for (name, x), part in zip(like.items(), parts, strict=True)}
+
+
 def dot(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
     """``Σ x·y`` over all entries, a 0-dimensional tensor."""
     return torch.stack([torch.sum(x[name] * y[name]) for name in x]).sum()

@@ -37,6 +37,10 @@ class UpdateRule(Protocol):
     def theta(self) -> dict[str, float | str]:
         """Its own hyperparameters: a number, or the name of the hyperparameter in α to use."""
 
+    @property
+    def penalty(self) -> float | str:
+        """The coupled L2 penalty, which adds penalty/2·‖w‖² to the training loss; 0 where there is none."""
+
     def init(self, parameters: Tensors) -> Slots:
         """The state before the first step."""
 
@@ -75,6 +79,10 @@ class SGD:
     @property
     def theta(self) -> dict[str, float | str]:
         return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+
+    @property
+    def penalty(self) -> float | str:
+        return self.weight_decay
 
     def init(self, parameters: Tensors) -> Slots:
         return {} if self.momentum == 0.0 else {"momentum": trees.zeros_like(parameters)}
@@ -123,6 +131,10 @@ class Adam:
     def theta(self) -> dict[str, float | str]:
         beta1, beta2 = self.betas
         return {"lr": self.lr, "beta1": beta1, "beta2": beta2, "eps": self.eps, "weight_decay": self.weight_decay}
+
+    @property
+    def penalty(self) -> float | str:
+        return 0.0 if self.decoupled else self.weight_decay
 
     def init(self, parameters: Tensors) -> Slots:
         return {"exp_avg": trees.zeros_like(parameters), "exp_avg_sq": trees.zeros_like(parameters)}

@@ -6,8 +6,10 @@ import torch
 
 from optuna_greedyhg.hypergrad import randomness
 from optuna_greedyhg.hypergrad.cost import Cost
+from optuna_greedyhg.hypergrad.curvature import ConjugateGradients, Neumann
 from optuna_greedyhg.hypergrad.domains import Hyperparameter
-from optuna_greedyhg.hypergrad.estimators import FirstOrder, Greedy, Reverse
+from optuna_greedyhg.hypergrad.estimators import DrMAD, FirstOrder, Forward, Greedy, Implicit, Reverse
+from optuna_greedyhg.hypergrad.products import Covector, TrainState
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW
 from tests import reference
 from tests.problems import (
@@ -23,6 +25,7 @@ from tests.problems import (
     classification,
     float64,
     isotropic,
+    regression,
     with_numbers,
 )
 from tests.reference import assert_agree, central_differences
@@ -47,7 +50,7 @@ def fold(estimator, case, horizon, n_warm=0, alpha=None):
         for t in range(1, horizon + 1):
             keep = estimator.keeps_graph(t, horizon)
             batch = case.train_batch(n_warm + t - 1)
-            step = products.step(state, alpha, batch, keep_graph=keep)
+            step = products.step(state, alpha, batch, keep_graph=keep, remaining=horizon - t)
             memory, state = estimator.observe(memory, step), step.after
         return estimator.estimate(memory, step), products.cost
 
@@ -273,3 +276,99 @@ def test_hyperparameters_of_any_shape_have_derivatives_of_that_shape():
     )
     flat, grid = (fold(Reverse(), Case(s, UPDATE_RULES["Adam"]), horizon=4)[0] for s in (specimen, shaped))
     torch.testing.assert_close(grid["grid"].reshape(-1), flat["example_logits"])
+
+
+class TestForward:
+    @pytest.mark.parametrize(("n_warm", "horizon"), [(4, 3), (2, 1)], ids=str)
+    @EVERY_CASE
+    def test_it_agrees_with_reverse_mode(self, rule, specimen, n_warm, horizon):
+        case = Case(specimen(), rule)
+        expected, _ = fold(Reverse(), case, horizon, n_warm)
+        found, cost = fold(Forward(), case, horizon, n_warm)
+        assert_agree(found, expected, rtol=1e-8)
+        n_coordinates = sum(z.numel() for z in case.alpha().values())
+        assert cost.n_products == horizon * n_coordinates * cost.n_train_gradients / horizon
+
+
+class TestDrMAD:
+    @EVERY_RULE
+    def test_it_is_exact_over_one_step(self, rule):
+        case = Case(SPECIMENS["dropout"](), rule)
+        assert_agree(fold(DrMAD(), case, 1, n_warm=4)[0], fold(Reverse(), case, 1, n_warm=4)[0], rtol=1e-9)
+
+    def test_it_is_exact_where_the_path_is_straight(self):
+        """Where the training loss is linear in the weights, gradient descent makes even steps along a line."""
+        specimen = replace(isotropic(), train_loss=lambda model, alpha, batch: _tilted(model, alpha))
+        case = Case(specimen, SGD(lr=0.1))
+        assert_agree(fold(DrMAD(), case, 6)[0], fold(Reverse(), case, 6)[0], rtol=1e-9)
+
+    @EVERY_RULE
+    def test_it_sweeps_along_the_straight_line(self, rule):
+        """The recursion written out again, with steps that are made from points of the line."""
+        case, horizon, n_warm = Case(SPECIMENS["minibatches"](), rule), 4, 3
+        products, alpha = case.products(), case.alpha()
+        start = state = case.state_after(n_warm)
+        for t in range(horizon):
+            end = products.step(state, alpha, case.train_batch(n_warm + t))
+            state = end.after
+        v, expected = Covector(end.validation().gradient), end.validation().direct
+        for t in reversed(range(horizon)):
+            beta = t / horizon
+            between = TrainState(
+                {k: (1 - beta) * w + beta * state.parameters[k] for k, w in start.parameters.items()},
+                start.buffers,
+                {
+                    s: {k: (1 - beta) * x + beta * state.slots[s][k] for k, x in y.items()}
+                    for s, y in start.slots.items()
+                },
+                start.n_steps + t,
+            )
+            v, term = products.step(between, alpha, case.train_batch(n_warm + t)).times_ab(v)
+            expected = {name: x + term[name] for name, x in expected.items()}
+        assert_agree(fold(DrMAD(), case, horizon, n_warm)[0], expected, rtol=1e-9)
+
+    def test_what_it_costs(self):
+        case, horizon = Case(classification(), SGD(lr=0.1, momentum=0.9)), 5
+        _, cost = fold(DrMAD(), case, horizon)
+        assert cost.n_products == (2 * horizon - 1) * N_EXAMPLES
+        assert cost.n_train_gradients == 2 * horizon * N_EXAMPLES
+
+
+def _tilted(model, alpha):
+    (w,) = model.parameters()
+    target = next(iter(alpha.values()))
+    return (w.flatten()[0] * target.sum()) + w.sum()
+
+
+class TestImplicit:
+    @pytest.mark.parametrize(
+        ("rule", "solver"),
+        [
+            (SGD(lr=0.5), ConjugateGradients(max_steps=100, tolerance=1e-12)),
+            (
+                SGD(lr=0.1, momentum=0.8, weight_decay="weight_decay"),
+                ConjugateGradients(max_steps=100, tolerance=1e-12),
+            ),
+            (SGD(lr=0.5, weight_decay="weight_decay"), Neumann(n_terms=4000, scale=0.5)),
+            (Adam(lr=0.01, betas=(0.5, 0.9), weight_decay="weight_decay"), ConjugateGradients(max_steps=100)),
+        ],
+        ids=str,
+    )
+    def test_it_agrees_with_the_implicit_function_theorem(self, rule, solver):
+        """At any point: −v·(∂F/∂w)⁻¹·∂F/∂α with all matrices written out, F the gradient of the penalized loss."""
+        case = Case(regression(), rule)
+        expected = reference.implicit(case, case.state_after(7), case.alpha())
+        assert_agree(fold(Implicit(solver), case, 3, n_warm=4)[0], expected, rtol=1e-6)
+
+    def test_what_training_alone_reads_has_no_effect_on_where_it_ends(self):
+        case = Case(classification(), SGD(lr="lr", momentum="momentum"))
+        estimate, _ = fold(Implicit(), case, 3)
+        assert estimate["lr"] == 0
+        assert estimate["momentum"] == 0
+        assert estimate["example_logits"].abs().min() > 0
+
+    def test_what_it_costs(self):
+        case = Case(classification(), SGD(lr=0.1))
+        _, cost = fold(Implicit(Neumann(n_terms=3)), case, 5)
+        assert cost.n_products == (3 + 1) * N_EXAMPLES
+        assert cost.n_train_gradients == (5 + 1) * N_EXAMPLES

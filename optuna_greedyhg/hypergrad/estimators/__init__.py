@@ -1,9 +1,12 @@
 """Estimators of the hypergradient, one method a file."""
 
 from optuna_greedyhg.hypergrad.estimators.base import Estimator
+from optuna_greedyhg.hypergrad.estimators.drmad import DrMAD
 from optuna_greedyhg.hypergrad.estimators.first_order import FirstOrder
 from optuna_greedyhg.hypergrad.estimators.fixed import Fixed
+from optuna_greedyhg.hypergrad.estimators.forward import Forward
 from optuna_greedyhg.hypergrad.estimators.greedy import Greedy
+from optuna_greedyhg.hypergrad.estimators.implicit import Implicit
 from optuna_greedyhg.hypergrad.estimators.reverse import Reverse
 
-__all__ = ["Estimator", "FirstOrder", "Fixed", "Greedy", "Reverse"]
+__all__ = ["DrMAD", "Estimator", "FirstOrder", "Fixed", "Forward", "Greedy", "Implicit", "Reverse"]

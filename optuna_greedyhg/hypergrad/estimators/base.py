@@ -17,12 +17,14 @@ class Estimator(Protocol[Memory]):
     autograd itself. All its trees are keyed like α and hold derivatives in α's coordinates.
     """
 
-    def keeps_graph(self, t: int, horizon: int) -> bool:
-        """Whether step t will be asked for a product before the next one, from the training step's own graph."""
-
     @property
     def biased_in_restart_mode(self) -> bool:
         """Whether its zeros are not those of the hypergradient when every outer step trains again from w_0."""
+        return False
+
+    def keeps_graph(self, t: int, horizon: int) -> bool:
+        """Whether step t will be asked for a product before the next one, from the training step's own graph."""
+        return False
 
     def init(self, alpha: Tensors) -> Memory:
         """The memory before the first step."""

@@ -9,20 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optuna_greedyhg.hypergrad.estimators.base import Estimator
 from optuna_greedyhg.hypergrad.products import InnerStep
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 
 @dataclass(frozen=True)
-class FirstOrder:
+class FirstOrder(Estimator[None]):
     """The direct gradient; no products. It is zero, and α stays where it is, if the validation loss does not read α."""
-
-    @property
-    def biased_in_restart_mode(self) -> bool:
-        return False  # no more than it is in any mode
-
-    def keeps_graph(self, t: int, horizon: int) -> bool:
-        return False
 
     def init(self, alpha: Tensors) -> None:
         return None

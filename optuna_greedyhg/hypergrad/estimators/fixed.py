@@ -10,20 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from optuna_greedyhg.hypergrad import trees
+from optuna_greedyhg.hypergrad.estimators.base import Estimator
 from optuna_greedyhg.hypergrad.products import InnerStep
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Estimator[Tensors]):
     """Zero, at no cost: neither products nor validation gradients."""
-
-    @property
-    def biased_in_restart_mode(self) -> bool:
-        return False
-
-    def keeps_graph(self, t: int, horizon: int) -> bool:
-        return False
 
     def init(self, alpha: Tensors) -> Tensors:
         return trees.zeros_like(alpha)

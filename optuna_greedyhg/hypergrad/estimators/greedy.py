@@ -13,12 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from optuna_greedyhg.hypergrad import trees
+from optuna_greedyhg.hypergrad.estimators.base import Estimator
 from optuna_greedyhg.hypergrad.products import Covector, InnerStep
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 
 @dataclass(frozen=True)
-class Greedy:
+class Greedy(Estimator[Tensors]):
     """The greedy estimate with decay γ; ``Greedy(gamma=0.0)`` is T1–T2 (Luketina et al., 2016), v_T·B_T alone.
 
     Costs T products and T validation gradients per outer step (one of each for γ = 0), in O(P+H) memory.

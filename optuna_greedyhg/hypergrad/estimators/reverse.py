@@ -13,24 +13,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from optuna_greedyhg.hypergrad import trees
+from optuna_greedyhg.hypergrad.estimators.base import Estimator
 from optuna_greedyhg.hypergrad.products import Covector, InnerStep
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 
 @dataclass(frozen=True)
-class Reverse:
+class Reverse(Estimator[tuple[InnerStep, ...]]):
     """The exact hypergradient, given the weights and the optimizer state at the start of the horizon.
 
     Costs 2T−1 products, one validation gradient, and T more training gradients, because each step is replayed rather
     than its graph kept; memory O(T·P) for the states.
     """
-
-    @property
-    def biased_in_restart_mode(self) -> bool:
-        return False
-
-    def keeps_graph(self, t: int, horizon: int) -> bool:
-        return False
 
     def init(self, alpha: Tensors) -> tuple[InnerStep, ...]:
         return ()

@@ -1,0 +1,95 @@
+import pytest
+import torch
+
+from optuna_greedyhg.hypergrad.curvature import ConjugateGradients, Neumann
+from tests.problems import float64
+
+GENERATOR = torch.Generator().manual_seed(0)
+N = 6
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=GENERATOR, dtype=torch.float64)
+
+
+def matvec(matrix):
+    """The product with a matrix, on trees of two vectors of three."""
+
+    def product(x):
+        y = matrix @ torch.cat([x["a"], x["b"]])
+        return {"a": y[:3], "b": y[3:]}
+
+    return product
+
+
+def positive_definite():
+    root = random(N, N)
+    return root @ root.T / N + torch.eye(N, dtype=torch.float64)
+
+
+def solve(solver, matrix, b):
+    x = solver(matvec(matrix), {"a": b[:3], "b": b[3:]})
+    return torch.cat([x["a"], x["b"]])
+
+
+class TestConjugateGradients:
+    @pytest.mark.parametrize("damping", [0.0, 0.7])
+    def test_it_solves_a_positive_definite_system_in_as_many_steps_as_it_has_dimensions(self, damping):
+        matrix, b = positive_definite(), random(N)
+        expected = torch.linalg.solve(matrix + damping * torch.eye(N, dtype=torch.float64), b)
+        found = solve(ConjugateGradients(max_steps=N, damping=damping, tolerance=0.0), matrix, b)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+    def test_each_step_counts_the_last_too(self):
+        """After k steps it has minimized the energy over the Krylov space of b, .., M^{k-1} b."""
+        matrix, b = positive_definite(), random(N)
+        for k in range(1, N):
+            krylov = torch.linalg.qr(torch.stack([torch.linalg.matrix_power(matrix, j) @ b for j in range(k)], 1))[0]
+            expected = krylov @ torch.linalg.solve(krylov.T @ matrix @ krylov, krylov.T @ b)
+            found = solve(ConjugateGradients(max_steps=k, tolerance=0.0), matrix, b)
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+    def test_it_stops_at_its_tolerance(self):
+        matrix, b = positive_definite(), random(N)
+        calls = []
+
+        def counted(x):
+            calls.append(None)
+            return matvec(matrix)(x)
+
+        x = ConjugateGradients(max_steps=50, tolerance=1e-1)(counted, {"a": b[:3], "b": b[3:]})
+        residual = b - matrix @ torch.cat([x["a"], x["b"]])
+        assert residual.norm() <= 1e-1 * b.norm()
+        assert len(calls) < N
+
+    def test_a_direction_of_negative_curvature_ends_it(self):
+        matrix = torch.diag(float64(1, 1, 1, 1, 1, -1))
+        b = float64(1, 0, 0, 0, 0, 3)
+        assert torch.equal(solve(ConjugateGradients(), matrix, b), torch.zeros(N, dtype=torch.float64))
+
+    def test_zero_is_solved_by_zero(self):
+        zero = torch.zeros(N, dtype=torch.float64)
+        assert torch.equal(solve(ConjugateGradients(), positive_definite(), zero), zero)
+
+    @pytest.mark.parametrize("bad", [{"max_steps": 0}, {"damping": -1.0}, {"tolerance": -1.0}])
+    def test_bad_settings_are_refused(self, bad):
+        with pytest.raises(ValueError, match="must be at least"):
+            ConjugateGradients(**bad)
+
+
+class TestNeumann:
+    def test_it_is_the_sum_of_its_terms(self):
+        matrix, b = positive_definite(), random(N)
+        step = torch.eye(N, dtype=torch.float64) - 0.1 * matrix
+        expected = 0.1 * sum(torch.linalg.matrix_power(step, j) @ b for j in range(4))
+        torch.testing.assert_close(solve(Neumann(n_terms=3, scale=0.1), matrix, b), expected)
+
+    def test_it_converges_to_the_solution(self):
+        matrix, b = positive_definite(), random(N)
+        found = solve(Neumann(n_terms=500, scale=0.2), matrix, b)
+        torch.testing.assert_close(found, torch.linalg.solve(matrix, b))
+
+    @pytest.mark.parametrize("bad", [{"n_terms": -1}, {"scale": 0.0}])
+    def test_bad_settings_are_refused(self, bad):
+        with pytest.raises(ValueError, match="n_terms must be at least 0 and scale above 0"):
+            Neumann(**bad)
