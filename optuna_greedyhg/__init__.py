@@ -7,6 +7,7 @@ from optuna_greedyhg.hypergrad.domains import Domain, Hyperparameter, Interval, 
 from optuna_greedyhg.hypergrad.estimators import DrMAD, Estimator, FirstOrder, Forward, Greedy, Implicit, Reverse
 from optuna_greedyhg.hypergrad.evaluation import Evaluation, Online, Retrain
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
+from optuna_greedyhg.hypergrad.propagators import Decay, LastStep, Spectral
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW, UpdateRule
 from optuna_greedyhg.trials.alpha import Alpha
 from optuna_greedyhg.trials.records import refined_params, refined_weights
@@ -23,6 +24,7 @@ __all__ = [
     "BilevelProblem",
     "ConjugateGradients",
     "Cost",
+    "Decay",
     "DescentOptions",
     "Domain",
     "DrMAD",
@@ -35,12 +37,14 @@ __all__ = [
     "Hyperparameter",
     "Implicit",
     "Interval",
+    "LastStep",
     "Neumann",
     "Online",
     "OuterStep",
     "Positive",
     "Retrain",
     "Reverse",
+    "Spectral",
     "Unbounded",
     "UpdateRule",
     "descend",

@@ -1,10 +1,13 @@
-"""Linear systems with the Hessian of the training loss, of which nothing is known but its products with vectors."""
+"""The training loss's Hessian, of which nothing is known but its products: linear systems, leading eigenpairs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
 
 from optuna_greedyhg.hypergrad import trees
 from optuna_greedyhg.hypergrad.trees import Tensors
@@ -90,3 +93,35 @@ class ConjugateGradients:
             rr, previous = trees.dot(residual, residual), rr
             direction = trees.add_scaled(residual, float(rr / previous), direction)
         return x
+
+
+class Eigenpairs(NamedTuple):
+    """Approximate eigenpairs of a symmetric matrix, those of the largest absolute value.
+
+    Attributes:
+        values: Shape (k,).
+        vectors: Orthonormal rows, shape (k, P).
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+
+def block_iterations(matvec: Callable[[Tensor], Tensor], start: Tensor, n_iterations: int) -> Eigenpairs:
+    """Block power iterations, and a Rayleigh–Ritz step in the space that they have found.
+
+    Each costs one product for every row. An eigenvector of value λ_i is found the faster, the smaller |λ_{k+1}/λ_i|.
+
+    Args:
+        matvec: Products of the matrix with rows of shape (k, P).
+        start: Rows to start from, shape (k, P) with k <= P; they need not be orthogonal.
+        n_iterations: Number of products with the whole block, at least 1.
+    """
+    if len(start) == 0:
+        return Eigenpairs(start.new_zeros(0), start)
+    basis = torch.linalg.qr(start.T).Q  # columns
+    for _ in range(n_iterations - 1):
+        basis = torch.linalg.qr(matvec(basis.T).T).Q
+    projected = basis.T @ matvec(basis.T).T
+    values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
+    return Eigenpairs(values, (basis @ rotation).T)

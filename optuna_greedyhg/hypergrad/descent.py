@@ -210,11 +210,12 @@ def _outer_loop(
     train_stream = products.problem.train_stream()
     optimizer_state = outer.initial_state
     last_good: _Point | None = None
+    carried: Any = None
     step_scale, n_failures, evaluations_since_best = 1.0, 0, 0
     for k in range(1, n_outer_steps + 1):
         while True:
             with randomness.seeded(options.seed + k, products.problem.device):
-                roll_out = _roll_out(products, estimator, state, alpha, train_stream, options.horizon)
+                roll_out = _roll_out(products, estimator, carried, state, alpha, train_stream, options.horizon)
             if roll_out.is_finite():
                 break
             n_failures += 1
@@ -226,7 +227,7 @@ def _outer_loop(
             alpha, optimizer_state = outer.step(last_good, step_scale)
         if k == 1 and moves:
             _warn_of_idle(roll_out.hypergradient, estimator)
-        n_failures = 0
+        n_failures, carried = 0, roll_out.carried
         norm = trees.norm(roll_out.hypergradient)
         hypergradient = _clipped(roll_out.hypergradient, norm, options.max_hypergradient_norm)
         state = start if options.restart else roll_out.state
@@ -263,6 +264,7 @@ class _RollOut(NamedTuple):
     state: TrainState
     hypergradient: Tensors
     val_loss: Tensor | None  # at the end of the horizon, if the estimator has asked for it
+    carried: Any  # of the estimator's memory
 
     def is_finite(self) -> bool:
         asked = [] if self.val_loss is None else [self.val_loss]
@@ -270,17 +272,24 @@ class _RollOut(NamedTuple):
 
 
 def _roll_out(
-    products: Products, estimator: Estimator[Any], state: TrainState, alpha: Tensors, stream: Stream, horizon: int
+    products: Products,
+    estimator: Estimator[Any],
+    carried: Any,
+    state: TrainState,
+    alpha: Tensors,
+    stream: Stream,
+    horizon: int,
 ) -> _RollOut:
     """One horizon of training from ``state`` under α, folded by the estimator."""
-    memory = estimator.init(alpha)
+    memory = estimator.init(alpha) if carried is None else estimator.resume(alpha, carried)
     for t in range(1, horizon + 1):
         keep = estimator.keeps_graph(t, horizon)
         step = products.step(state, alpha, next(stream), keep_graph=keep, remaining=horizon - t)
         memory = estimator.observe(memory, step)
         state = step.after
     hypergradient = estimator.estimate(memory, step)
-    return _RollOut(state, hypergradient, None if step.validated is None else step.validated.loss)
+    val_loss = None if step.validated is None else step.validated.loss
+    return _RollOut(state, hypergradient, val_loss, estimator.carry(memory))
 
 
 class _Outer:

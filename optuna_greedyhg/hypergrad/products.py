@@ -31,7 +31,7 @@ from optuna_greedyhg.hypergrad.domains import Domain, Values
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.randomness import RandomState
 from optuna_greedyhg.hypergrad.trees import Tensors
-from optuna_greedyhg.hypergrad.update_rules import Slots, UpdateRule, resolve
+from optuna_greedyhg.hypergrad.update_rules import Slots, Theta, UpdateRule, resolve
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,22 @@ class InnerStep:
     def remaining(self) -> int:
         """The number T − t of steps that come after it in its horizon."""
         return self.recipe.remaining
+
+    @property
+    def rule(self) -> UpdateRule:
+        """The update rule that it was made by."""
+        return self.recipe.products.update_rule
+
+    @property
+    def theta(self) -> Theta:
+        """The rule's own hyperparameters at α."""
+        return resolve(self.rule, self.recipe.products.values(self.recipe.alpha))
+
+    @property
+    def penalty(self) -> Tensor | float:
+        """The rule's coupled L2 penalty at α."""
+        penalty = self.rule.penalty
+        return self.recipe.products.values(self.recipe.alpha)[penalty] if isinstance(penalty, str) else penalty
 
     @contextmanager
     def held(self) -> Iterator[InnerStep]:

@@ -58,6 +58,11 @@ def flatten(tree: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([x.flatten() for x in tree.values()])
 
 
+def flatten_rows(tree: Mapping[str, Tensor]) -> Tensor:
+    """A tree of stacked tensors as a matrix: one row for each entry of their first dimension."""
+    return torch.cat([x.flatten(1) for x in tree.values()], dim=1)
+
+
 def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> Tensors:
     """The tree, shaped like another, whose entries are the last dimension of ``vector``; other dimensions lead."""
     parts = torch.split(vector, [x.numel() for x in like.values()], dim=-1)

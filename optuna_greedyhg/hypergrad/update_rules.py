@@ -41,6 +41,10 @@ class UpdateRule(Protocol):
     def penalty(self) -> float | str:
         """The coupled L2 penalty, which adds penalty/2·‖w‖² to the training loss; 0 where there is none."""
 
+    @property
+    def moment(self) -> str | None:
+        """The slot that holds a running sum of gradients, if there is one."""
+
     def init(self, parameters: Tensors) -> Slots:
         """The state before the first step."""
 
@@ -48,6 +52,21 @@ class UpdateRule(Protocol):
         self, parameters: Tensors, gradient: Tensors, slots: Slots, theta: Theta, n_steps: int
     ) -> tuple[Tensors, Slots]:
         """The weights and the state after one step, as new tensors; ``n_steps`` counts the steps made before."""
+
+    def preconditioner(self, slots: Slots, theta: Theta, n_steps: int) -> Tensors | None:
+        """The diagonal P that multiplies the first moment, given the state after step ``n_steps``; ``None`` for I."""
+
+    def transition(self, curvature: Tensor, theta: Theta, n_steps: int) -> Tensor:
+        """What step ``n_steps`` does to a perturbation of (w, m) along an eigenvector of P^(1/2)·(H + penalty)·P^(1/2).
+
+        Args:
+            curvature: Eigenvalues, shape (k,).
+            theta: The rule's own hyperparameters.
+            n_steps: Which step, counted from 1.
+
+        Returns:
+            Matrices that multiply columns (δw) or, with a first moment m, (δw, δm); shape (k, 1, 1) or (k, 2, 2).
+        """
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,10 @@ class SGD:
     def penalty(self) -> float | str:
         return self.weight_decay
 
+    @property
+    def moment(self) -> str | None:
+        return None if self.momentum == 0.0 else "momentum"
+
     def init(self, parameters: Tensors) -> Slots:
         return {} if self.momentum == 0.0 else {"momentum": trees.zeros_like(parameters)}
 
@@ -97,6 +120,18 @@ class SGD:
         m = {k: mu * slots["momentum"][k] + d[k] for k in d}
         direction = {k: d[k] + mu * m[k] for k in d} if self.nesterov else m
         return {k: w - lr * direction[k] for k, w in parameters.items()}, {"momentum": m}
+
+    def preconditioner(self, slots: Slots, theta: Theta, n_steps: int) -> None:
+        return None
+
+    def transition(self, curvature: Tensor, theta: Theta, n_steps: int) -> Tensor:
+        lr, mu = theta["lr"], theta["momentum"]
+        if self.moment is None:
+            return (1 - lr * curvature)[:, None, None]
+        m_to_m = mu * torch.ones_like(curvature)
+        if self.nesterov:
+            return _matrices(1 - lr * (1 + mu) * curvature, -lr * mu * m_to_m, curvature, m_to_m)
+        return _matrices(1 - lr * curvature, -lr * m_to_m, curvature, m_to_m)
 
 
 @dataclass(frozen=True)
@@ -136,6 +171,10 @@ class Adam:
     def penalty(self) -> float | str:
         return 0.0 if self.decoupled else self.weight_decay
 
+    @property
+    def moment(self) -> str | None:
+        return "exp_avg"
+
     def init(self, parameters: Tensors) -> Slots:
         return {"exp_avg": trees.zeros_like(parameters), "exp_avg_sq": trees.zeros_like(parameters)}
 
@@ -152,6 +191,17 @@ class Adam:
         bias1, bias2 = 1 - beta1 ** (n_steps + 1), 1 - beta2 ** (n_steps + 1)
         after = {k: w - lr / bias1 * m[k] / (_sqrt(v[k] / bias2) + eps) for k, w in decayed.items()}
         return after, {"exp_avg": m, "exp_avg_sq": v}
+
+    def preconditioner(self, slots: Slots, theta: Theta, n_steps: int) -> Tensors:
+        bias2 = 1 - theta["beta2"] ** n_steps
+        return {k: 1 / (_sqrt(v / bias2) + theta["eps"]) for k, v in slots["exp_avg_sq"].items()}
+
+    def transition(self, curvature: Tensor, theta: Theta, n_steps: int) -> Tensor:
+        lr, beta1 = theta["lr"], theta["beta1"]
+        kept = 1 - lr * theta["weight_decay"] if self.decoupled else 1.0
+        rate = lr / (1 - beta1**n_steps)
+        w_to_m, m_to_m = (1 - beta1) * curvature, beta1 * torch.ones_like(curvature)
+        return _matrices(kept - rate * w_to_m, -rate * m_to_m, w_to_m, m_to_m)
 
 
 @dataclass(frozen=True)
@@ -176,6 +226,10 @@ def _decayed(gradient: Tensors, parameters: Tensors, weight_decay: Tensor | floa
     if isinstance(weight_decay, float) and weight_decay == 0.0:
         return gradient
     return {k: g + weight_decay * parameters[k] for k, g in gradient.items()}
+
+
+def _matrices(w_to_w: Tensor, m_to_w: Tensor, w_to_m: Tensor, m_to_m: Tensor) -> Tensor:
+    return torch.stack([torch.stack([w_to_w, m_to_w], dim=-1), torch.stack([w_to_m, m_to_m], dim=-1)], dim=-2)
 
 
 def _sqrt(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from optuna_greedyhg.hypergrad.products import InnerStep
 from optuna_greedyhg.hypergrad.trees import Tensors
@@ -27,7 +27,15 @@ class Estimator(Protocol[Memory]):
         return False
 
     def init(self, alpha: Tensors) -> Memory:
-        """The memory before the first step."""
+        """The memory before the very first step."""
+
+    def carry(self, memory: Memory) -> Any:
+        """What is worth keeping of one horizon's memory for the next; by default nothing."""
+        return None
+
+    def resume(self, alpha: Tensors, carried: Any) -> Memory:
+        """The memory before the first step of a horizon that follows another."""
+        return self.init(alpha)
 
     def observe(self, memory: Memory, step: InnerStep) -> Memory:
         """The memory after one more step."""
