@@ -111,17 +111,28 @@ def block_iterations(matvec: Callable[[Tensor], Tensor], start: Tensor, n_iterat
     """Block power iterations, and a Rayleigh–Ritz step in the space that they have found.
 
     Each costs one product for every row. An eigenvector of value λ_i is found the faster, the smaller |λ_{k+1}/λ_i|.
+    The last product gives the Ritz values and, as one power iteration more, the vectors too.
 
     Args:
         matvec: Products of the matrix with rows of shape (k, P).
-        start: Rows to start from, shape (k, P) with k <= P; they need not be orthogonal.
+        start: Rows to start from, shape (k, P); they need not be orthogonal, and no more than P pairs are found.
         n_iterations: Number of products with the whole block, at least 1.
+
+    Returns:
+        The eigenpairs, the largest absolute value first; all NaN where a product was not finite, as after training that
+        has diverged.
     """
     if len(start) == 0:
         return Eigenpairs(start.new_zeros(0), start)
     basis = torch.linalg.qr(start.T).Q  # columns
     for _ in range(n_iterations - 1):
         basis = torch.linalg.qr(matvec(basis.T).T).Q
-    projected = basis.T @ matvec(basis.T).T
+    image = matvec(basis.T).T
+    projected = basis.T @ image
+    if not bool(torch.isfinite(projected).all()):  # for which eigh may raise an error
+        return Eigenpairs(torch.full_like(projected[0], torch.nan), torch.full_like(basis.T, torch.nan))
     values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
-    return Eigenpairs(values, (basis @ rotation).T)
+    # The textbook has basis·rotation; without the last product, a refresh of one iteration would not leave its space.
+    # Columns of value 0 come last, as QR fills them with anything that is orthogonal to those before.
+    order = values.abs().argsort(descending=True)
+    return Eigenpairs(values[order], torch.linalg.qr(image @ rotation[:, order]).Q.T)

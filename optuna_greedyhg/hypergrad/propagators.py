@@ -111,8 +111,8 @@ class Spectral(Propagator[Spectrum]):
     """The response of the update rule on leading eigenvectors of the Hessian, and at one curvature on all the rest.
 
     Eigenpairs come from block power iterations with Hessian-vector products on the first batch of a horizon, and start
-    from those before. A refresh costs ``rank·n_iterations`` products (twice as many iterations the first time), and one
-    more for the Rayleigh quotient of the bulk; memory O(rank·P).
+    from those before. A refresh costs ``rank·n_iterations`` products (twice as many iterations the first time), and the
+    Rayleigh quotient of the bulk one in every horizon; memory O(rank·P).
 
     Args:
         rank: Number k of eigenpairs; with 0, the bulk is all there is.
