@@ -19,6 +19,7 @@ FLOORS = (
     {"problem", "update_rules"},
     {"products"},
     {"curvature"},
+    {"propagators"},
     {"estimators"},
     {"evaluation"},
     {"descent"},

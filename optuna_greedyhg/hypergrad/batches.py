@@ -1,8 +1,8 @@
 """Streams of batches: anything that can be iterated over, once or again and again.
 
 A *batch* is a tensor, a tuple, list or dictionary of batches, or any object that the losses understand. A *source* is
-a ``DataLoader``, a list of batches, an endless generator, or one full batch (a tensor, a dictionary, or a tuple of
-tensors), which then is every step's batch.
+a ``DataLoader``, a list of batches, an endless generator, or one full batch, which then is every step's batch: a
+tensor, a dictionary, or a tuple of tensors and dictionaries with at least one tensor. A list is always of batches.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Source = Iterable[Batch]
 
 
 def as_source(batches: Any, name: str) -> Source:
-    """``batches`` itself, or a list of one where it is a full batch: a tensor, a dictionary or a tuple of tensors.
+    """``batches`` itself, or a list of one where it is a full batch (see above).
 
     Raises:
         TypeError: If ``batches`` cannot be iterated over.
         ValueError: If it is known to be empty.
     """
-    if isinstance(batches, (Tensor, Mapping)) or _is_tuple_of_tensors(batches):
+    if isinstance(batches, (Tensor, Mapping)) or _is_full_batch(batches):
         return [batches]
     if not isinstance(batches, Iterable):
         raise TypeError(
@@ -35,6 +35,13 @@ def as_source(batches: Any, name: str) -> Source:
     if isinstance(batches, Sized) and len(batches) == 0:
         raise ValueError(f"{name} must hold at least one batch, but it is empty.")
     return batches
+
+
+def generators_of(source: Source) -> tuple[torch.Generator, ...]:
+    """The random generators that a ``DataLoader`` was given for itself, apart from torch's global ones."""
+    holders = (source, getattr(source, "sampler", None), getattr(source, "batch_sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return tuple(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
 
 
 class Stream:
@@ -123,5 +130,7 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _is_tuple_of_tensors(batches: Any) -> bool:
-    return isinstance(batches, tuple) and len(batches) > 0 and all(isinstance(item, Tensor) for item in batches)
+def _is_full_batch(batches: Any) -> bool:
+    if not isinstance(batches, tuple) or not all(isinstance(item, (Tensor, Mapping)) for item in batches):
+        return False
+    return any(isinstance(item, Tensor) for item in batches)

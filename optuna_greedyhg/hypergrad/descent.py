@@ -23,10 +23,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from optuna_greedyhg.hypergrad import evaluation, randomness, trees
+from optuna_greedyhg.hypergrad import evaluation, trees
 from optuna_greedyhg.hypergrad.batches import Stream
 from optuna_greedyhg.hypergrad.cost import Cost
-from optuna_greedyhg.hypergrad.domains import Hyperparameter, to_coordinates
+from optuna_greedyhg.hypergrad.domains import Hyperparameter, to_coordinates, to_values
 from optuna_greedyhg.hypergrad.estimators import Estimator, Fixed
 from optuna_greedyhg.hypergrad.evaluation import Evaluation, Online, Protocol, Retrain
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
@@ -113,9 +113,10 @@ class DescentOptions:
         return self.loss_of(a) < self.loss_of(b)
 
     def loss_of(self, evaluation: Evaluation) -> float:
-        """The score with the sign of a loss; NaN becomes +inf."""
+        """The score with the sign of a loss; +inf where it is NaN or the validation loss is not finite."""
         score = evaluation.scores[self.metric]
-        if math.isnan(score):
+        # A metric can be finite where training has diverged: the argmax of NaN is a class, too.
+        if math.isnan(score) or not math.isfinite(evaluation.scores["loss"]):
             return math.inf
         return -score if self.maximize else score
 
@@ -152,8 +153,8 @@ def descend(
         patience: Stop after this many evaluations in a row without a new best; ``None`` never does.
         restart: Train every horizon from w_0 again, instead of carrying the weights on.
         max_hypergradient_norm: Scale longer hypergradients down to this norm.
-        max_failures: After NaN or infinity, the descent goes back to the last good state and halves its steps; it gives
-            up after this many failures in a row.
+        max_failures: After NaN or infinity, the descent goes back to the last good state and halves the step from
+            there; it gives up after this many failures in a row. Good steps double the length again, up to the full.
         seed: Seeds batches, dropout and augmentation. Equal seeds give equal trainings, whatever α is.
 
     Raises:
@@ -194,61 +195,100 @@ def _outer_loop(
     estimator: Estimator[Any] | None,
     options: DescentOptions,
 ) -> Iterator[OuterStep]:
-    alpha = to_coordinates(hyperparameters, products.problem.device, products.problem.dtype)
-    start = state = products.initial_state()
-    moves = estimator is not None
+    problem, moves, online = products.problem, estimator is not None, isinstance(options.protocol, Online)
     estimator = estimator or Fixed()
+    # The seed is evaluated at its exact values, which a round trip through coordinates may change in the last digits.
+    exact, seed_values = products.at_values(), to_values(hyperparameters, problem.device, problem.dtype)
+    alpha = to_coordinates(hyperparameters, problem.device, problem.dtype)
+    if not moves:
+        products, alpha = exact, seed_values
     # Where α alone is the result, nothing is learnt from training on under an α that does not move.
-    n_outer_steps = options.n_outer_steps if moves or isinstance(options.protocol, Online) else 0
-    seed = _evaluate(products, alpha, state, 0, options)
+    n_outer_steps = options.n_outer_steps if moves or online else 0
+    seed = _evaluate(exact, seed_values, products.initial_state(), 0, options)
     best = seed = replace(seed, values={name: h.init for name, h in hyperparameters.items()})
     nan = math.nan
     stopped: Stop | None = "finished" if n_outer_steps == 0 else None
     yield OuterStep(0, seed.values, nan, nan, seed, best, replace(products.cost), stopped)
 
-    outer = _Outer(options.outer_optimizer, alpha)
-    train_stream = products.problem.train_stream()
-    optimizer_state = outer.initial_state
-    last_good: _Point | None = None
-    carried: Any = None
-    step_scale, n_failures, evaluations_since_best = 1.0, 0, 0
+    walker = _Walker(products, estimator, alpha, options)
+    evaluations_since_best = 0
     for k in range(1, n_outer_steps + 1):
-        while True:
-            with randomness.seeded(options.seed + k, products.problem.device):
-                roll_out = _roll_out(products, estimator, carried, state, alpha, train_stream, options.horizon)
-            if roll_out.is_finite():
-                break
-            n_failures += 1
-            if last_good is None or n_failures > options.max_failures:
-                yield OuterStep(k, best.values, nan, nan, None, best, replace(products.cost), "diverged")
-                return
-            step_scale /= 2
-            state = last_good.state
-            alpha, optimizer_state = outer.step(last_good, step_scale)
-        if k == 1 and moves:
-            _warn_of_idle(roll_out.hypergradient, estimator)
-        n_failures, carried = 0, roll_out.carried
+        roll_out = walker.roll_out(k)
+        if roll_out is None:
+            yield OuterStep(k, best.values, nan, nan, None, best, replace(products.cost), "diverged")
+            return
         norm = trees.norm(roll_out.hypergradient)
-        hypergradient = _clipped(roll_out.hypergradient, norm, options.max_hypergradient_norm)
-        state = start if options.restart else roll_out.state
-        last_good = _Point(alpha, state, optimizer_state, hypergradient)
         if moves:
-            alpha, optimizer_state = outer.step(last_good, step_scale)
+            if k == 1:
+                _warn_of_idle(roll_out.hypergradient, estimator)
+            walker.move(_clipped(roll_out.hypergradient, norm, options.max_hypergradient_norm))
 
         evaluated: Evaluation | None = None
         stopped = "finished" if k == n_outer_steps else None
         if k % options.evaluate_every == 0 or k == n_outer_steps:
-            evaluated = _evaluate(products, alpha, roll_out.state, k, options)
+            judged = roll_out.alpha if online else walker.alpha
+            evaluated = _evaluate(products, judged, roll_out.state, k, options)
             improved = options.is_better(evaluated, best)
             best = evaluated if improved else best
             evaluations_since_best = 0 if improved else evaluations_since_best + 1
             if options.patience is not None and evaluations_since_best >= options.patience and stopped is None:
                 stopped = "patience"
-        values = trees.clone(dict(products.values(alpha)))
+        values = trees.clone(dict(products.values(walker.alpha)))
         val_loss = nan if roll_out.val_loss is None else float(roll_out.val_loss)
         yield OuterStep(k, values, val_loss, float(norm), evaluated, best, replace(products.cost), stopped)
         if stopped:
             return
+
+
+class _Walker:
+    """Where a descent is: α, the weights, the outer optimizer's state; and the last good point to go back to."""
+
+    def __init__(self, products: Products, estimator: Estimator[Any], alpha: Tensors, options: DescentOptions) -> None:
+        self.alpha = alpha
+        self._products = products
+        self._estimator = estimator
+        self._options = options
+        self._train_stream = products.problem.train_stream()
+        self._outer = _Outer(options.outer_optimizer, alpha)
+        self._optimizer_state = self._outer.initial_state
+        self._start = self._state = products.initial_state()
+        self._carried: Any = None
+        self._last_good: _Point | None = None
+        self._step_scale = 1.0
+
+    def roll_out(self, k: int) -> _RollOut | None:
+        """The k-th horizon, under an α for which it is finite; ``None`` if there have been too many failures."""
+        for _ in range(self._options.max_failures + 1):
+            with self._products.problem.seeded(self._options.seed + k):
+                roll_out = _roll_out(
+                    self._products,
+                    self._estimator,
+                    self._carried,
+                    self._state,
+                    self.alpha,
+                    self._train_stream,
+                    self._options.horizon,
+                )
+            if roll_out.is_finite():
+                self._step_scale = min(1.0, 2 * self._step_scale)
+                self._state = self._start if self._options.restart else roll_out.state
+                self._carried = roll_out.carried
+                return roll_out
+            if self._last_good is None:
+                return None
+            self._step_scale /= 2
+            self._state = self._last_good.state
+            self._step()
+        return None
+
+    def move(self, hypergradient: Tensors) -> None:
+        """Moves α along the hypergradient of the horizon just rolled out, which has been good."""
+        self._last_good = _Point(self.alpha, self._state, self._optimizer_state, hypergradient)
+        self._step()
+
+    def _step(self) -> None:
+        assert self._last_good is not None
+        self.alpha, self._optimizer_state = self._outer.step(self._last_good, self._step_scale)
 
 
 class _Point(NamedTuple):
@@ -261,6 +301,7 @@ class _Point(NamedTuple):
 
 
 class _RollOut(NamedTuple):
+    alpha: Tensors  # that it was trained with
     state: TrainState
     hypergradient: Tensors
     val_loss: Tensor | None  # at the end of the horizon, if the estimator has asked for it
@@ -289,7 +330,7 @@ def _roll_out(
         state = step.after
     hypergradient = estimator.estimate(memory, step)
     val_loss = None if step.validated is None else step.validated.loss
-    return _RollOut(state, hypergradient, val_loss, estimator.carry(memory))
+    return _RollOut(alpha, state, hypergradient, val_loss, estimator.carry(memory))
 
 
 class _Outer:
@@ -298,6 +339,8 @@ class _Outer:
     def __init__(self, make_optimizer: OuterOptimizer, alpha: Tensors) -> None:
         self._leaves = {name: z.clone().requires_grad_() for name, z in alpha.items()}
         self._optimizer = make_optimizer(list(self._leaves.values()))
+        if isinstance(self._optimizer, torch.optim.LBFGS):
+            raise ValueError("The outer optimizer must step without a closure, which LBFGS does not; use Adam or SGD.")
         self.initial_state = copy.deepcopy(self._optimizer.state_dict())
 
     def step(self, point: _Point, scale: float) -> tuple[Tensors, dict[str, Any]]:

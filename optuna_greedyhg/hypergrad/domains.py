@@ -133,10 +133,13 @@ class Hyperparameter:
 
 def to_coordinates(hyperparameters: Mapping[str, Hyperparameter], device: torch.device, dtype: torch.dtype) -> Tensors:
     """The starting point of a descent: every group's coordinate, as new tensors of one device and dtype."""
-    return {
-        name: h.domain.to_coordinate(h.init.detach().to(device, dtype, copy=True))
-        for name, h in hyperparameters.items()
-    }
+    values = to_values(hyperparameters, device, dtype)
+    return {name: h.domain.to_coordinate(values[name]) for name, h in hyperparameters.items()}
+
+
+def to_values(hyperparameters: Mapping[str, Hyperparameter], device: torch.device, dtype: torch.dtype) -> Tensors:
+    """The values that every group starts from, as new tensors of one device and dtype."""
+    return {name: h.init.detach().to(device, dtype, copy=True) for name, h in hyperparameters.items()}
 
 
 class Values(Mapping[str, Tensor]):

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from optuna_greedyhg.hypergrad import randomness, trees
+from optuna_greedyhg.hypergrad import trees
 from optuna_greedyhg.hypergrad.products import Products, TrainState
 from optuna_greedyhg.hypergrad.trees import Tensors
 
@@ -26,7 +26,6 @@ class Evaluation:
 
     Attributes:
         outer_step: The outer step at which it was made; 0 is the seed.
-        alpha: The coordinates of α.
         values: The values of α.
         scores: The validation split's loss and metrics, by name; NaN or infinite where training diverged.
         test_scores: The same on the test split, to be recorded and never chosen by; empty if there is none.
@@ -34,7 +33,6 @@ class Evaluation:
     """
 
     outer_step: int
-    alpha: Tensors
     values: Tensors
     scores: Mapping[str, float]
     test_scores: Mapping[str, float]
@@ -45,8 +43,8 @@ class Evaluation:
 class Retrain:
     """Train from w_0 with α fixed for ``n_steps`` steps, then evaluate the validation split.
 
-    Every training draws the same batches and the same random numbers, so that two values differ by α alone (as long as
-    the batches come from something that can be iterated over again).
+    Every training draws the same batches and the same random numbers, so that two values differ by α alone. The first
+    ``n_steps`` batches of a one-shot iterator are kept in memory for it.
 
     Args:
         n_steps: Number of training steps; ``None`` is as many as all outer steps together make.
@@ -61,7 +59,10 @@ class Retrain:
 
 @dataclass(frozen=True)
 class Online:
-    """Evaluate the weights carried along by the descent; they, and not α, are the result."""
+    """Evaluate the weights carried along by the descent; they, and not α, are the result.
+
+    They belong to the α that they were last trained with, which is recorded with them.
+    """
 
 
 Protocol = Retrain | Online
@@ -77,10 +78,9 @@ def train(products: Products, alpha: Tensors, n_steps: int, seed: int) -> TrainS
         seed: Seeds the order of the batches, dropout and augmentation.
     """
     state = products.initial_state()
-    stream = products.problem.train_stream()
-    with randomness.seeded(seed, products.problem.device):
-        for t in range(1, n_steps + 1):
-            state = products.step(state, alpha, next(stream)).after
+    with products.problem.seeded(seed):
+        for t, batch in enumerate(products.problem.first_batches(n_steps), start=1):
+            state = products.step(state, alpha, batch).after
             if t % _STEPS_BETWEEN_CHECKS == 0 and not state.is_finite():
                 break
     return state
@@ -89,8 +89,8 @@ def train(products: Products, alpha: Tensors, n_steps: int, seed: int) -> TrainS
 def evaluate(products: Products, alpha: Tensors, state: TrainState, outer_step: int, seed: int) -> Evaluation:
     """The scores of given weights. The test split is not part of the method, nor of what it costs."""
     problem, values = products.problem, products.values(alpha)
-    with randomness.seeded(seed, problem.device):
+    with problem.seeded(seed):
         scores, n_examples = problem.evaluate("val", state.parameters, state.buffers, values)
         test_scores, _ = problem.evaluate("test", state.parameters, state.buffers, values)
     products.cost.n_evaluations += n_examples
-    return Evaluation(outer_step, alpha, trees.clone(dict(values)), scores, test_scores, state)
+    return Evaluation(outer_step, trees.clone(dict(values)), scores, test_scores, state)

@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from optuna_greedyhg.hypergrad import batches, trees
+from optuna_greedyhg.hypergrad import batches, randomness, trees
 from optuna_greedyhg.hypergrad.batches import Batch, Source, Stream
 from optuna_greedyhg.hypergrad.trees import Tensors
 
@@ -122,10 +124,11 @@ class BilevelProblem:
         self._val_source = batches.as_source(val_batches, "val_batches")
         self._metrics = dict(metrics or {})
         self._val_set = batches.evaluation_set(self._val_source, "val_batches", n_eval_batches)
+        self._kept: list[Batch] = []
+        self._test_source = None if test_batches is None else batches.as_source(test_batches, "test_batches")
         self._test_set: Source | None = None
-        if test_batches is not None:
-            test_source = batches.as_source(test_batches, "test_batches")
-            self._test_set = batches.evaluation_set(test_source, "test_batches", n_eval_batches)
+        if self._test_source is not None:
+            self._test_set = batches.evaluation_set(self._test_source, "test_batches", n_eval_batches)
 
     @property
     def device(self) -> torch.device:
@@ -149,6 +152,19 @@ class BilevelProblem:
         for name, p in self._eval_module.named_parameters(remove_duplicate=False):
             current[name] = current[first_name[id(p)]]  # tied weights have several names
         return {name: current.get(name, known[name]) for name in known}
+
+    def seeded(self, seed: int) -> AbstractContextManager[None]:
+        """Within the block, dropout, augmentation and the order of batches are those of ``seed``."""
+        sources = (self._train_source, self._val_source, *(() if self._test_source is None else (self._test_source,)))
+        generators = [generator for source in sources for generator in batches.generators_of(source)]
+        return randomness.seeded(seed, self.device, list(dict.fromkeys(generators)))
+
+    def first_batches(self, n: int) -> Iterator[Batch]:
+        """The first ``n`` training batches, the same each time; those of a one-shot iterator are kept in memory."""
+        if not isinstance(self._train_source, Iterator):
+            return islice(self.train_stream(), n)
+        self._kept += islice(self.train_stream(), max(0, n - len(self._kept)))
+        return iter(self._kept[:n])
 
     def train_stream(self) -> Stream:
         """A fresh endless stream over the training batches."""

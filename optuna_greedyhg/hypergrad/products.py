@@ -17,17 +17,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optuna_greedyhg.hypergrad import batches, randomness, trees
 from optuna_greedyhg.hypergrad.batches import Batch, Stream
 from optuna_greedyhg.hypergrad.cost import Cost
-from optuna_greedyhg.hypergrad.domains import Domain, Values
+from optuna_greedyhg.hypergrad.domains import Domain, Unbounded, Values
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.randomness import RandomState
 from optuna_greedyhg.hypergrad.trees import Tensors
@@ -98,6 +99,12 @@ class Products:
         """The same problem, streams and costs under another update rule."""
         other = copy.copy(self)
         other.update_rule = update_rule
+        return other
+
+    def at_values(self) -> Products:
+        """The same problem, streams and costs, with α's values themselves as its coordinates."""
+        other = copy.copy(self)
+        other._domains = dict.fromkeys(self._domains, Unbounded())
         return other
 
     def initial_state(self) -> TrainState:
@@ -180,7 +187,9 @@ class StepRecipe:
         return randomness.restored(self.random_state, self.products.problem.device)
 
     def _gradient(self, state: TrainState, *, create_graph: bool) -> _Graph:
-        with torch.enable_grad():
+        # The fused kernels of scaled dot-product attention have no second derivative; the plain one has.
+        attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
+        with torch.enable_grad(), attention:
             w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
             values = self.products.values(z)
             loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)

@@ -2,12 +2,13 @@
 
 Dropout, augmentation and shuffling draw from torch's global generators. A window runs under ``seeded``, so that the
 same seed gives the same training whatever ran before it, and the caller's generators are left as they were. The global
-generators belong to the process: trials in several *threads* that use dropout are not repeatable; processes are.
+generators belong to the process: trials in several *threads* that use dropout, or shuffle, are not repeatable;
+processes are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,13 +18,19 @@ RandomState = tuple[Tensor, ...]
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Runs the block with torch's generators seeded, and puts them back afterwards."""
-    with _preserved(device):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        yield
+def seeded(seed: int, device: torch.device, generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """Runs the block with torch's global generators, and those given, seeded, and puts them back afterwards."""
+    states = [generator.get_state() for generator in generators]
+    try:
+        with _preserved(device):
+            for generator in (torch.default_generator, *generators):
+                generator.manual_seed(seed)
+            if device.type == "cuda":
+                torch.cuda.manual_seed(seed)
+            yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 @contextmanager

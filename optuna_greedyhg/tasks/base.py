@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from optuna.trial import BaseTrial
@@ -16,11 +16,10 @@ from optuna_greedyhg.hypergrad.estimators import Estimator
 from optuna_greedyhg.hypergrad.evaluation import Online, Retrain
 from optuna_greedyhg.hypergrad.problem import BilevelProblem, Model
 from optuna_greedyhg.hypergrad.update_rules import UpdateRule
+from optuna_greedyhg.trials import records
 from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.records import ArtifactStore
 from optuna_greedyhg.trials.refine import Callback, refine
-
-if TYPE_CHECKING:
-    from optuna.artifacts._protocol import ArtifactStore  # Optuna has no public name for its protocol
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,7 @@ def make_objective(
     def objective(trial: BaseTrial) -> float:
         def diagnose(trial: BaseTrial, step: OuterStep) -> None:
             if step.evaluation is step.best:
-                for name, value in task.diagnose(step.best.values).items():
-                    trial.set_user_attr(name, value)
+                records.write(trial, task.diagnose(step.best.values))
 
         alpha = Alpha(trial)
         problem, update_rule = task.define(trial, alpha)

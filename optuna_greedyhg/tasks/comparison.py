@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import optuna
 from optuna.storages import BaseStorage
@@ -13,11 +13,9 @@ from optuna_greedyhg.hypergrad.descent import OuterStep
 from optuna_greedyhg.hypergrad.estimators import Greedy
 from optuna_greedyhg.report.summary import MethodSummary, cost_of, summarize
 from optuna_greedyhg.tasks.base import Task, make_objective
+from optuna_greedyhg.trials.records import ArtifactStore
 from optuna_greedyhg.trials.refine import Callback
 from optuna_greedyhg.trials.sampler import GreedyHGSampler
-
-if TYPE_CHECKING:
-    from optuna.artifacts._protocol import ArtifactStore  # Optuna has no public name for its protocol
 
 OnStep = Callable[[str, float, BaseTrial, OuterStep], None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ def read_idx(path: Path) -> Tensor:
     """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] != _UNSIGNED_BYTE:
         raise DataError(f"{path} is not an idx file of unsigned bytes: it begins with {raw[:4].hex() or 'nothing'}.")
@@ -59,7 +60,7 @@ def read_images_and_labels(folder: Path, part: str) -> tuple[Tensor, Tensor]:
 
 def _find(folder: Path, name: str) -> Path:
     if not folder.is_dir():
-        raise DataError(f"The data folder {folder} does not exist; name the one that holds {name}.gz.")
+        raise DataError(f"The data folder {folder} does not exist, or is no folder; name the one that holds {name}.gz.")
     found = sorted(p for p in folder.iterdir() if p.name.removesuffix(".gz") == name or _without_prefix(p.name) == name)
     if not found:
         raise DataError(f"The data folder {folder} holds no {name} or {name}.gz; name the one that does.")

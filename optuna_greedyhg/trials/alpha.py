@@ -39,11 +39,17 @@ class Alpha:
         self._hyperparameters: dict[str, Hyperparameter] = {}
         self._distributions: dict[str, FloatDistribution] = {}
         self._uncommitted: dict[str, float] = {}
+        self._committed = False
 
     @property
     def hyperparameters(self) -> Mapping[str, Hyperparameter]:
         """All groups by name: where each starts, and the domain it stays in."""
         return dict(self._hyperparameters)
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether they have been refined, and written to the trial."""
+        return self._committed
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -97,8 +103,15 @@ class Alpha:
     def commit(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Makes refined scalars the trial's parameters, where its sampler allows it, and returns them as floats.
 
-        They are clipped to their range, in which rounding may not have left them. May be called once.
+        They are clipped to their range, in which rounding may not have left them.
+
+        Raises:
+            RuntimeError: If it is called a second time.
+            ValueError: If a value is not finite.
         """
+        if self._committed:
+            raise RuntimeError("The hyperparameters have been refined already; declare a new Alpha in another trial.")
+        self._committed = True
         refined = {}
         for name, distribution in self._distributions.items():
             value = float(values[name])
@@ -115,7 +128,7 @@ class Alpha:
         if sampler is None:
             return self._trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
         assert isinstance(self._trial, Trial)
-        sampler.settle_with(self._trial, self._settle)
+        sampler.register(self._trial, name, self._settle)
         seed = records.read_seed(self._trial, name)
         if seed is not None and not distribution.low <= seed <= distribution.high:
             _logger.warning(
@@ -129,8 +142,11 @@ class Alpha:
 
     def _write(self, name: str, value: float) -> None:
         sampler = self._sampler()
-        assert sampler is not None
-        assert isinstance(self._trial, Trial)
+        if sampler is None or not isinstance(self._trial, Trial):
+            raise RuntimeError(
+                f"The seed of {name!r} cannot become a parameter: the trial has ended, or the study's sampler was "
+                "replaced."
+            )
         sampler.commit(self._trial, name, value)
         distribution = self._distributions[name]
         written = self._trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
@@ -143,7 +159,7 @@ class Alpha:
 
     def _settle(self) -> Trial:
         """Commits the seeds that nobody has refined."""
-        assert isinstance(self._trial, Trial)
+        assert isinstance(self._trial, Trial)  # a sampler has registered it
         for name, seed in self._uncommitted.items():
             self._write(name, seed)
         self._uncommitted.clear()

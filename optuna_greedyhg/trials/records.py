@@ -7,7 +7,7 @@ User attributes, flat so that the dashboard can sort by them; a number that is n
     cost_n_train_gradients, cost_n_val_gradients, cost_n_products, cost_n_evaluations   in examples
     cost_seconds                    wall-clock time inside ``refine``
     best_outer_step, n_outer_steps, stopped     where the best α was found, how far it went, and why it ended
-    estimator, protocol             what it was done with
+    estimator, protocol             what it was done with, and how its value was made
     tensors, tensors_artifact       the names of α's tensors, and the id of the artifact that holds them
 
 The trajectory, which plots are made of, is a *system* attribute: it would make a page of the dashboard very wide.
@@ -23,18 +23,18 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from optuna.artifacts import download_artifact, upload_artifact
+from optuna.artifacts import _protocol, download_artifact, upload_artifact
 from optuna.trial import BaseTrial, FrozenTrial, Trial
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from optuna.artifacts._protocol import ArtifactStore  # Optuna has no public name for its protocol
+# Optuna has no public name for what all artifact stores have in common.
+ArtifactStore = _protocol.ArtifactStore
 
 SEED, REFINED, COST = "seed_", "refined_", "cost_"
 TRAJECTORY_COLUMNS = ("outer_step", "value", "val_loss", "hypergradient_norm")
@@ -43,6 +43,7 @@ _TENSORS, _TENSORS_ARTIFACT = "tensors", "tensors_artifact"
 _VERSION = 1
 _QUANTILES = (0.1, 0.5, 0.9)
 _TRAJECTORY_LENGTH = 100
+_SAMPLE = 100_000
 
 _logger = logging.getLogger("optuna.greedyhg")
 
@@ -84,7 +85,7 @@ class Trajectory:
 
     Columns are ``outer_step``, ``value`` (``None`` on steps that were not evaluated), ``val_loss`` and
     ``hypergradient_norm`` of the descent itself, one for each scalar of α, and the 10, 50 and 90% quantiles of each of
-    its tensors, ``<name>.q10``. Long descents are thinned to about a hundred steps.
+    its tensors, ``<name>.q10``. Long descents are thinned to two hundred steps at most, huge tensors to a sample.
     """
 
     def __init__(self) -> None:
@@ -104,22 +105,27 @@ class Trajectory:
         for name, x in alpha.items():
             if x.ndim == 0:
                 row[name] = float(x)
-            else:
-                quantiles = torch.quantile(x.detach().double().flatten(), x.new_tensor(_QUANTILES).double())
+            elif x.numel() > 0:
+                entries = x.detach().flatten()[:: 1 + x.numel() // _SAMPLE].double()
+                quantiles = torch.quantile(entries, entries.new_tensor(_QUANTILES))
                 row |= {f"{name}.q{100 * q:.0f}": float(v) for q, v in zip(_QUANTILES, quantiles, strict=True)}
         self._rows.append(row)
 
     def columns(self) -> dict[str, list[float | None]]:
-        stride = -(-len(self._rows) // _TRAJECTORY_LENGTH)  # rounded up
-        rows = [row for k, row in enumerate(self._rows) if k % stride == 0 or row["value"] is not None]
+        evaluated = _thinned([k for k, row in enumerate(self._rows) if row["value"] is not None])
+        rows = [self._rows[k] for k in sorted({*evaluated, *_thinned(range(len(self._rows)))})]
         return {key: [_six_digits(row[key]) for row in rows] for key in (rows[0] if rows else {})}
 
 
 def write_trajectory(trial: BaseTrial, trajectory: Trajectory) -> None:
-    """Writes the columns; a trial without a storage keeps none."""
-    if isinstance(trial, Trial):
+    """Writes the columns. A trial without a storage keeps none, and one whose storage finds them too long neither."""
+    if not isinstance(trial, Trial):
+        return
+    try:
         # As Optuna's own artifacts and the dashboard's notes do; Trial has no public way to its system attributes.
         trial.storage.set_trial_system_attr(trial._trial_id, _TRAJECTORY, trajectory.columns())
+    except Exception as error:  # whatever a database may raise
+        _logger.warning(f"Trial {trial.number}: its trajectory could not be stored, and is lost: {error!r}")
 
 
 def read_trajectory(trial: FrozenTrial) -> Any:
@@ -226,6 +232,14 @@ def _load(trial: FrozenTrial, artifact_store: ArtifactStore | None) -> dict[str,
             f"reads version {_VERSION}."
         )
     return content
+
+
+def _thinned(indices: Sequence[int]) -> Sequence[int]:
+    """At most ``_TRAJECTORY_LENGTH`` of them, evenly, the first and the last among them."""
+    n = len(indices)
+    if n <= _TRAJECTORY_LENGTH:
+        return indices
+    return [indices[round(i * (n - 1) / (_TRAJECTORY_LENGTH - 1))] for i in range(_TRAJECTORY_LENGTH)]
 
 
 def _six_digits(x: float | None) -> float | None:

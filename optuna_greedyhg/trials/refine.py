@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from optuna import TrialPruned
 from optuna.study import StudyDirection
@@ -19,9 +19,7 @@ from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.update_rules import UpdateRule
 from optuna_greedyhg.trials import records
 from optuna_greedyhg.trials.alpha import Alpha
-
-if TYPE_CHECKING:
-    from optuna.artifacts._protocol import ArtifactStore  # Optuna has no public name for its protocol
+from optuna_greedyhg.trials.records import ArtifactStore
 
 _logger = logging.getLogger("optuna.greedyhg")
 
@@ -44,6 +42,7 @@ def refine(
     patience: int | None = None,
     restart: bool = False,
     max_hypergradient_norm: float | None = None,
+    max_failures: int = 5,
     seed: int = 0,
     artifact_store: ArtifactStore | None = None,
     callbacks: Sequence[Callback] = (),
@@ -75,6 +74,7 @@ def refine(
         patience: Stop after this many evaluations in a row without a new best.
         restart: Train every horizon from the initial weights, instead of carrying the weights on.
         max_hypergradient_norm: Scale longer hypergradients down to this norm.
+        max_failures: After NaN or infinity, go back and halve the step at most this many times in a row.
         seed: Seeds batches, dropout and augmentation; the same in all trials, so that they compare.
         artifact_store: Keeps the tensors of α, and the weights where they are the result.
         callbacks: Called as ``callback(trial, outer_step)`` after every outer step.
@@ -84,6 +84,7 @@ def refine(
 
     Raises:
         optuna.TrialPruned: If the pruner says so.
+        RuntimeError: If ``alpha`` has been refined before.
         ValueError: If a setting is out of its range or does not fit the problem, the study has several objectives, or
             it maximizes a loss.
     """
@@ -98,10 +99,13 @@ def refine(
         patience=patience,
         restart=restart,
         max_hypergradient_norm=max_hypergradient_norm,
+        max_failures=max_failures,
         seed=seed,
     )
+    if alpha.is_committed:
+        raise RuntimeError("These hyperparameters have been refined already; declare a new Alpha in another trial.")
     descent = descend(problem, alpha.hyperparameters, update_rule=update_rule, estimator=estimator, options=options)
-    records.write(trial, {"estimator": str(estimator), "protocol": str(options.protocol)})
+    records.write(trial, {"estimator": str(estimator), "protocol": _described(options)})
     recorder = _Recorder(trial, problem, alpha, options, artifact_store)
     try:
         for step in descent:
@@ -195,6 +199,13 @@ class _Recorder:
             refined={name: x for name, x in best.values.items() if name in is_tensor},
             weights=self._problem.state_dict(best.state.parameters, best.state.buffers) if online else {},
         )
+
+
+def _described(options: DescentOptions) -> str:
+    protocol = options.protocol
+    if isinstance(protocol, Online):
+        return f"Online(), {options.n_outer_steps} × {options.horizon} steps"
+    return str(protocol)
 
 
 def _maximizes(trial: BaseTrial, metric: str) -> bool:

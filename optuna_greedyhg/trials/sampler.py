@@ -33,6 +33,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 # Where Optuna keeps the parameters of an enqueued trial.
 _FIXED_PARAMS = "fixed_params"
 
+_Key = tuple[int, str, int]
+
 
 class GreedyHGSampler(BaseSampler):
     """Draws the seeds of refinable parameters from another sampler, and commits refined values as a trial's parameters.
@@ -43,6 +45,9 @@ class GreedyHGSampler(BaseSampler):
     A parameter fixed by ``study.enqueue_trial`` is the seed *and* stays in the trial's parameters, because Optuna lets
     fixed values win over a sampler's; its refined value is in the trial's attributes. To enqueue a seed only, give it
     as an attribute: ``study.enqueue_trial({}, user_attrs={"seed_lr": 0.1})``.
+
+    It must be the study's own sampler: ``GreedyHGSampler(PartialFixedSampler(...))``, not the other way round, which
+    works but leaves the seeds in the trial's parameters.
 
     Args:
         base_sampler: The sampler that draws the seeds and all other parameters; a :class:`~optuna.samplers.TPESampler`
@@ -59,7 +64,7 @@ class GreedyHGSampler(BaseSampler):
                 f"seed={seed} would have no effect on {base_sampler}; give it to the base sampler instead."
             )
         self._base_sampler = TPESampler(seed=seed) if base_sampler is None else base_sampler
-        self._contexts: dict[tuple[str, int], _Context] = {}
+        self._contexts: dict[_Key, _Context] = {}
 
     def __str__(self) -> str:
         return f"{type(self).__name__}({self._base_sampler})"
@@ -71,7 +76,7 @@ class GreedyHGSampler(BaseSampler):
         self._base_sampler.reseed_rng()
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        self._contexts[study.study_name, trial.number] = _Context(study, trial)
+        self._contexts[_key(study, trial)] = _Context(study)
         self._base_sampler.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -94,50 +99,70 @@ class GreedyHGSampler(BaseSampler):
             return self._base_sampler.sample_independent(study, trial, param_name, param_distribution)
         if param_name in context.committed:
             return context.committed[param_name]
+        if param_name in context.seeded:
+            raise ValueError(
+                f"The parameter {param_name!r} is declared on Alpha, and is written when it has been refined; take its "
+                "seed from what alpha.suggest_float returns, or suggest it on the trial only."
+            )
         return self._draw(context, trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        context = self._contexts.pop((study.study_name, trial.number), None)
-        if context is not None and context.settle is not None:
-            self._contexts[study.study_name, trial.number] = context  # settling commits, which needs the context
+        context = self._context(study, trial)
+        if context is not None:
             try:
-                settled = context.settle()
+                for settle in context.settlers:
+                    settled = settle()
+                    trial.params, trial.distributions = settled.params, settled.distributions
             finally:
-                del self._contexts[study.study_name, trial.number]
-            trial.params, trial.distributions = settled.params, settled.distributions
+                del self._contexts[_key(study, trial)]
         self._base_sampler.after_trial(study, trial, state, values)
 
     def knows(self, trial: Trial) -> bool:
         """Whether this sampler has prepared the trial, so that seeds can be drawn without being written."""
-        return (trial.study.study_name, trial.number) in self._contexts
+        return _key(trial.study, trial) in self._contexts
 
     def seed(self, trial: Trial, name: str, distribution: FloatDistribution) -> float:
-        """Draws a seed from the base sampler, without writing it to the trial. A fixed parameter is its own seed."""
-        context = self._contexts[trial.study.study_name, trial.number]
-        fixed = context.trial.system_attrs.get(_FIXED_PARAMS, {})
-        if name in fixed and _contains(distribution, fixed[name]):
+        """Draws a seed from the base sampler, without writing it to the trial. A fixed parameter is its own seed.
+
+        Raises:
+            ValueError: If the parameter was enqueued with a value out of its range.
+        """
+        context = self._contexts[_key(trial.study, trial)]
+        # Trial has no public way to the trial as its storage has it now, which is what a sampler is given by Optuna.
+        frozen = trial.storage.get_trial(trial._trial_id)
+        fixed = frozen.system_attrs.get(_FIXED_PARAMS, {})
+        if name in fixed:
+            if not _contains(distribution, fixed[name]):
+                raise ValueError(f"The enqueued {name}={fixed[name]} is outside of {distribution}; enqueue another.")
             return float(fixed[name])
-        if distribution.single():
-            return distribution.low
-        return float(self._draw(context, context.trial, name, distribution))
+        return float(self._draw(context, frozen, name, distribution))
 
     def commit(self, trial: Trial, name: str, value: float) -> None:
         """Makes the next ``trial.suggest_float(name, ...)`` return, and so write, ``value``."""
-        self._contexts[trial.study.study_name, trial.number].committed[name] = value
+        self._contexts[_key(trial.study, trial)].committed[name] = value
 
-    def settle_with(self, trial: Trial, settle: Callable[[], Trial]) -> None:
-        """Registers what commits the trial's seeds, should it end without having been refined."""
-        self._contexts[trial.study.study_name, trial.number].settle = settle
+    def register(self, trial: Trial, name: str, settle: Callable[[], Trial]) -> None:
+        """Reserves a name for a seed, and notes what commits it, should the trial end without having been refined.
+
+        Raises:
+            ValueError: If the name is reserved already.
+        """
+        context = self._contexts[_key(trial.study, trial)]
+        if name in context.seeded:
+            raise ValueError(f"A hyperparameter's name must be unique in its trial, but {name!r} is taken.")
+        context.seeded.add(name)
+        if settle not in context.settlers:
+            context.settlers.append(settle)
 
     def _context(self, study: Study, trial: FrozenTrial) -> _Context | None:
-        return self._contexts.get((study.study_name, trial.number))
+        return self._contexts.get(_key(study, trial))
 
     def _draw(self, context: _Context, trial: FrozenTrial, name: str, distribution: BaseDistribution) -> Any:
         """The base sampler's value for one parameter: from its relative sample, drawn once a trial, or independent."""
         base = self._base_sampler
         if context.relative_params is None:
-            context.search_space = base.infer_relative_search_space(context.study, context.trial)
-            context.relative_params = base.sample_relative(context.study, context.trial, context.search_space)
+            context.search_space = base.infer_relative_search_space(context.study, trial)
+            context.relative_params = base.sample_relative(context.study, trial, context.search_space)
         if name in context.relative_params:
             check_distribution_compatibility(context.search_space[name], distribution)
             if _contains(distribution, context.relative_params[name]):
@@ -150,11 +175,16 @@ class _Context:
     """A running trial: the study as the base sampler may see it (one bracket's, under Hyperband) and its seeds."""
 
     study: Study
-    trial: FrozenTrial
     search_space: dict[str, BaseDistribution] = field(default_factory=dict)
     relative_params: dict[str, Any] | None = None
+    seeded: set[str] = field(default_factory=set)
     committed: dict[str, float] = field(default_factory=dict)
-    settle: Callable[[], Trial] | None = None
+    settlers: list[Callable[[], Trial]] = field(default_factory=list)
+
+
+def _key(study: Study, trial: FrozenTrial | Trial) -> _Key:
+    # Two storages may each have a study of this name. The bracket's study under Hyperband has no public storage.
+    return id(study._storage), study.study_name, trial.number
 
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:

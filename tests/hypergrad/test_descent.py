@@ -51,6 +51,10 @@ def walk(*, limit=math.inf, length=1.0, problem=None, **settings):
     return run(case, T1T2, replaced, **{"horizon": 1, "outer_optimizer": outer_sgd(length / 0.5), **settings})
 
 
+def coordinates(case, values):
+    return {name: h.domain.to_coordinate(values[name]) for name, h in case.hyperparameters.items()}
+
+
 def targets(steps):
     return [float(step.values["target"]) for step in steps]
 
@@ -166,7 +170,7 @@ class TestEvaluations:
         ("every", "n_outer_steps", "expected"), [(1, 3, [0, 1, 2, 3]), (3, 7, [0, 3, 6, 7]), (5, 2, [0, 2])]
     )
     def test_they_are_made_on_a_grid_at_the_seed_and_at_the_end(self, every, n_outer_steps, expected):
-        steps = walk(n_outer_steps=n_outer_steps, evaluate_every=every)
+        steps = walk(n_outer_steps=n_outer_steps, evaluate_every=every, evaluate=Retrain(1))
         made = [step for step in steps if step.evaluation is not None]
         assert [step.index for step in made] == expected
         assert [step.evaluation.outer_step for step in made] == expected
@@ -177,10 +181,10 @@ class TestEvaluations:
         case = Case(SPECIMENS["batchnorm"](), UPDATE_RULES["Adam"])
         settings = {"horizon": 3, "n_outer_steps": 2, "evaluate_every": 1, "seed": 4}
         for step in run(case, Greedy(0.9), evaluate=Retrain(5), **settings):
-            *_, module = reference.by_torch_optim(case, step.evaluation.alpha, 5, seed=4)
+            *_, module = reference.by_torch_optim(case, coordinates(case, step.evaluation.values), 5, seed=4)
             weights = step.evaluation.state.parameters
             torch.testing.assert_close(weights, dict(module.named_parameters()), rtol=1e-10, atol=1e-12)
-            torch.testing.assert_close(case.values(step.evaluation.alpha), step.values, rtol=1e-12, atol=0.0)
+            torch.testing.assert_close(step.evaluation.values, step.values, rtol=1e-12, atol=0.0)
 
     def test_retraining_takes_as_many_steps_as_the_descent_unless_told(self):
         case = Case(cliff(math.inf), SGD(lr=0.5))
@@ -198,12 +202,18 @@ class TestEvaluations:
             weights.append(w)
         assert [float(step.evaluation.state.parameters["w"]) for step in steps[1:]] == pytest.approx(weights)
         assert [step.evaluation.scores["loss"] for step in steps[1:]] == pytest.approx([-w for w in weights])
+        assert [float(step.evaluation.values["target"]) for step in steps[1:]] == [0.0, 1.0, 2.0, 3.0]
 
     @pytest.mark.parametrize(("sign", "maximize"), [(1.0, False), (-1.0, True)], ids=["minimize", "maximize"])
     def test_the_best_by_the_metric_comes_out_and_not_the_last(self, sign, maximize):
         metrics = {"distance": lambda model, alpha, _: sign * (alpha["target"] - 4.0) ** 2}
         steps = walk(
-            n_outer_steps=9, evaluate_every=1, problem={"metrics": metrics}, metric="distance", maximize=maximize
+            n_outer_steps=9,
+            evaluate_every=1,
+            evaluate=Retrain(1),
+            problem={"metrics": metrics},
+            metric="distance",
+            maximize=maximize,
         )
         assert [step.best.outer_step for step in steps] == [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]
         assert targets(steps)[-1] == 9.0
@@ -228,7 +238,7 @@ class TestEvaluations:
     def test_patience_counts_evaluations_since_the_best(self, patience, every, stop):
         metrics = {"distance": lambda model, alpha, _: (alpha["target"] - 4.0) ** 2}
         settings = {"n_outer_steps": 20, "evaluate_every": every, "metric": "distance", "patience": patience}
-        last = walk(problem={"metrics": metrics}, **settings)[-1]
+        last = walk(problem={"metrics": metrics}, evaluate=Retrain(1), **settings)[-1]
         assert (last.index, last.stopped) == (stop, "finished" if patience is None else "patience")
         assert float(last.best.values["target"]) == 4.0
 
@@ -236,7 +246,7 @@ class TestEvaluations:
         scores = dict(enumerate([5.0, 6.0, 4.0, 6.0, 3.0, 6.0, 6.0, 6.0]))
         metrics = {"jagged": lambda model, alpha, _: scores[round(float(alpha["target"]))]}
         settings = {"n_outer_steps": 7, "evaluate_every": 1, "metric": "jagged", "patience": 2}
-        last = walk(problem={"metrics": metrics}, **settings)[-1]
+        last = walk(problem={"metrics": metrics}, evaluate=Retrain(1), **settings)[-1]
         assert (last.index, last.stopped, last.best.outer_step) == (6, "patience", 4)
 
     def test_the_costs_of_everything_add_up(self):
@@ -254,9 +264,10 @@ class TestEvaluations:
 class TestDivergence:
     def test_it_goes_back_halves_its_steps_and_goes_on(self):
         steps = walk(limit=2.6, n_outer_steps=6, evaluate_every=1)
-        # 3 is beyond: 2 + 1/2. Then 3 again: 2.5 + 1/4, + 1/8, + 1/16. Then 2.625 = 2.5625 + 1/16: 2.5625 + 1/32.
+        # 3 is beyond: 2 + 1/2. Twice 1/2 is 1 again, and 3.5 is beyond: 2.5 + 1/2, 1/4, 1/8, and 1/16 is good. Twice
+        # that is 1/8: 2.6875 is beyond, as is 2.5625 + 1/16, and 1/32 is good.
         alphas = [0.0, 1.0, 2.0, 2.5, 2.5625, 2.59375]
-        proposals = [1.0, 2.0, 3.0, 3.0, 2.625, 2.625]
+        proposals = [1.0, 2.0, 3.0, 3.5, 2.6875, 2.65625]
         assert targets(steps)[1:] == pytest.approx(proposals, rel=1e-12)
         w = 0.0
         for alpha, step in zip(alphas, steps[1:], strict=True):
@@ -295,6 +306,7 @@ class TestDivergence:
                 alpha = last_good + scale * displacement(gradients)
             w = 0.5 * w + 0.5 * alpha
             gradients.append(0.5 * (w - 5.0))
+            scale = min(1.0, 2 * scale)
             last_good, alpha = alpha, alpha + scale * displacement(gradients)
             assert float(step.values["target"]) == pytest.approx(alpha, rel=1e-9)
         assert n_failures >= 2
@@ -516,3 +528,57 @@ def test_without_an_estimator_no_outer_optimizer_moves_alpha():
     assert last.index == 3
     for name, value in last.values.items():
         assert torch.equal(value, case.hyperparameters[name].init)
+
+
+def shuffled(source):
+    """Batches of noise whose order, or content, depends on how often they were drawn before."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N_EXAMPLES, N_FEATURES, generator=generator, dtype=torch.float64)
+    data = TensorDataset(x, (x[:, 0] > 0).long(), torch.arange(N_EXAMPLES))
+    if source == "loader with a generator":
+        return DataLoader(data, batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(3))
+    if source == "loader":
+        return DataLoader(data, batch_size=5, shuffle=True)
+
+    def endless():
+        while True:
+            index = torch.randint(N_EXAMPLES, (5,), generator=generator)
+            yield data[index]
+
+    return endless()
+
+
+@pytest.mark.parametrize("source", ["loader", "loader with a generator", "endless iterator"])
+def test_every_retraining_sees_the_same_batches(source):
+    """With an α that hardly moves, all evaluations agree; they would differ as much as batches do."""
+    problem = classification().problem(train_batches=shuffled(source))
+    case = Case(classification(), SGD(lr=0.1))
+    steps = run(case, T1T2, problem, horizon=3, n_outer_steps=4, evaluate=Retrain(7), evaluate_every=1,
+                outer_optimizer=outer_sgd(1e-12))  # fmt: skip
+    losses = [step.evaluation.scores["loss"] for step in steps]
+    assert losses == pytest.approx([losses[0]] * 5, rel=1e-9)
+
+
+def test_a_metric_that_is_finite_where_training_diverged_does_not_win():
+    """The argmax of NaN is a class, and may be the right one."""
+    metrics = {"first_class": lambda model, alpha, _: torch.stack([model(), model() * 0]).argmax().eq(0).double()}
+    problem = {"metrics": metrics, "val_loss": lambda model, alpha, _: model()}
+    settings = {"metric": "first_class", "maximize": True, "n_outer_steps": 3, "evaluate_every": 1}
+    options = DescentOptions(metric="first_class", maximize=True)
+    steps = walk(limit=-1.0, problem=problem, evaluate=Retrain(2), **settings)
+    assert steps[-1].best.scores["first_class"] == 1.0
+    assert options.loss_of(steps[-1].best) == math.inf
+
+
+def test_a_seed_on_its_bound_is_evaluated_there():
+    case = Case(cliff(math.inf), SGD(lr=0.5))
+    hyperparameters = {"target": Hyperparameter(float64(3.0), Interval(0.0, 3.0))}
+    steps = descend(
+        case.specimen.problem(), hyperparameters, update_rule=case.rule, estimator=None, evaluate=Retrain(60)
+    )
+    assert float(next(steps).evaluation.state.parameters["w"]) == 3.0
+
+
+def test_an_outer_optimizer_that_needs_a_closure_is_refused():
+    with pytest.raises(ValueError, match="without a closure, which LBFGS does not"):
+        walk(n_outer_steps=1, outer_optimizer=torch.optim.LBFGS)

@@ -84,7 +84,7 @@ def test_is_refined_online_end_to_end(tmp_path: Path) -> None:
     task = FashionCleaning(tmp_path)
     study.optimize(make_objective(task, estimator=ghg.Greedy(), settings=settings), n_trials=1)
     (trial,) = study.trials
-    assert trial.user_attrs["protocol"] == "Online()"
+    assert trial.user_attrs["protocol"] == "Online(), 2 × 2 steps"
     assert {"val_accuracy", "test_accuracy", "weight_clean", "weight_corrupted"} <= trial.user_attrs.keys()
     # 4 steps on 1000 images; each validation gradient and each of the 3 evaluations on all 30
     assert trial.user_attrs["cost_n_train_gradients"] == 4000

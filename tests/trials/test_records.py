@@ -111,13 +111,48 @@ def test_the_trajectory_tells_every_step() -> None:
     assert columns["val_loss"][0] is None
 
 
-def test_a_long_trajectory_is_thinned_but_keeps_what_was_evaluated() -> None:
+def test_a_long_trajectory_is_thinned_to_what_fits_into_an_attribute() -> None:
     trajectory = records.Trajectory()
-    for k in range(1001):
-        trajectory.append(
-            k, float(k) if k % 7 == 0 else None, {"x": torch.tensor(1.0 / 3)}, val_loss=0.0, hypergradient_norm=0.0
-        )
+    for k in range(5001):
+        value = float(k) if k % 7 == 0 else None
+        trajectory.append(k, value, {"x": torch.tensor(1.0 / 3)}, val_loss=0.0, hypergradient_norm=0.0)
     columns = trajectory.columns()
-    assert len(columns["outer_step"]) < 300
-    assert [v for v in columns["value"] if v is not None] == [float(k) for k in range(0, 1001, 7)]
+    assert len(columns["outer_step"]) <= 200
+    assert columns["outer_step"] == sorted(columns["outer_step"])
+    assert (columns["outer_step"][0], columns["outer_step"][-1]) == (0, 5000)
+    assert sum(value is not None for value in columns["value"]) >= 100
     assert columns["x"][0] == 0.333333
+
+
+def test_a_short_trajectory_is_kept_whole() -> None:
+    trajectory = records.Trajectory()
+    for k in range(100):
+        trajectory.append(k, None, {}, val_loss=float(k), hypergradient_norm=0.0)
+    assert trajectory.columns()["val_loss"] == list(range(100))
+
+
+@pytest.mark.parametrize("n", [0, 17_000_000])
+def test_tensors_of_any_size_have_a_trajectory(n: int) -> None:
+    trajectory = records.Trajectory()
+    trajectory.append(0, 1.0, {"x": torch.linspace(0, 1, n)}, val_loss=0.0, hypergradient_norm=0.0)
+    columns = trajectory.columns()
+    if n == 0:
+        assert "x.q50" not in columns
+    else:
+        assert columns["x.q50"] == pytest.approx([0.5], abs=1e-3)
+
+
+def test_a_trajectory_that_a_storage_refuses_costs_the_trajectory_and_not_the_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accept = optuna.storages.InMemoryStorage.set_trial_system_attr
+
+    def refuse(self: Any, trial_id: int, key: str, value: Any) -> None:
+        if "trajectory" in key:
+            raise RuntimeError("Data too long for column")
+        accept(self, trial_id, key, value)
+
+    monkeypatch.setattr(optuna.storages.InMemoryStorage, "set_trial_system_attr", refuse)
+    trial = refined(None)
+    assert trial.state == optuna.trial.TrialState.COMPLETE
+    assert records.read_trajectory(trial) is None

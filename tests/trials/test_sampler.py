@@ -193,3 +193,60 @@ def test_says_what_it_wraps() -> None:
 def test_a_seed_beside_a_base_sampler_is_refused() -> None:
     with pytest.raises(ValueError, match="give it to the base sampler"):
         ghg.GreedyHGSampler(RandomSampler(), seed=1)
+
+
+def test_two_alphas_on_one_trial_both_become_parameters() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        return ghg.Alpha(trial).suggest_float("x", 0, 1) + ghg.Alpha(trial).suggest_float("y", 0, 1)
+
+    study = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0))
+    study.optimize(objective, n_trials=1)
+    (trial,) = study.trials
+    assert trial.params == {"x": trial.user_attrs["seed_x"], "y": trial.user_attrs["seed_y"]}
+
+
+def test_a_name_is_taken_by_a_seed_in_another_alpha_too() -> None:
+    trial = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0)).ask()
+    ghg.Alpha(trial).suggest_float("x", 0, 1)
+    with pytest.raises(ValueError, match="'x' is taken"):
+        ghg.Alpha(trial).suggest_float("x", 0, 1)
+
+
+def test_a_seeded_parameter_is_not_drawn_again_on_the_trial() -> None:
+    trial = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0)).ask()
+    ghg.Alpha(trial).suggest_float("x", 0, 1)
+    with pytest.raises(ValueError, match="'x' is declared on Alpha"):
+        trial.suggest_float("x", 0, 1)
+
+
+def test_an_enqueued_value_out_of_range_fails_the_trial_by_name() -> None:
+    study = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0))
+    study.enqueue_trial({"lr": 5.0})
+    with pytest.raises(ValueError, match=r"enqueued lr=5\.0 is outside of FloatDistribution"):
+        study.optimize(problems.refine, n_trials=1)
+
+
+def test_one_sampler_serves_two_storages_with_studies_of_one_name() -> None:
+    sampler = ghg.GreedyHGSampler(RandomSampler(seed=0))
+    studies = [optuna.create_study(study_name="same", sampler=sampler) for _ in range(2)]
+    trials = [study.ask() for study in studies]
+    for study, trial in zip(studies, trials, strict=True):
+        study.tell(trial, problems.refine(trial))
+    for study in studies:
+        assert study.trials[0].params["lr"] == study.trials[0].user_attrs["refined_lr"]
+
+
+def test_a_grid_seeds_its_points() -> None:
+    """This sampler keeps its place in the trial's attributes, which it must be given as they are now."""
+    grid = optuna.samplers.GridSampler({"lr": [0.01, 0.1, 0.5]}, seed=0)
+    study = optuna.create_study(sampler=ghg.GreedyHGSampler(grid))
+    study.optimize(problems.refine, n_trials=3)
+    assert sorted(t.user_attrs["seed_lr"] for t in study.trials) == [0.01, 0.1, 0.5]
+
+
+def test_hyperparameters_are_refined_once() -> None:
+    trial = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0)).ask()
+    alpha = problems.declare(trial)
+    problems.refine(trial, alpha)
+    with pytest.raises(RuntimeError, match="refined already"):
+        problems.refine(trial, alpha)

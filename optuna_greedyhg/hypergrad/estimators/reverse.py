@@ -22,6 +22,9 @@ from optuna_greedyhg.hypergrad.trees import Tensors
 class Reverse(Estimator[tuple[InnerStep, ...]]):
     """The exact hypergradient, given the weights and the optimizer state at the start of the horizon.
 
+    Buffers are constants of the derivatives: where the validation loss reads BatchNorm's running statistics, what the
+    weights have done to these is left out, a difference of some percent.
+
     Costs 2T−1 products, one validation gradient, and T more training gradients, because each step is replayed rather
     than its graph kept; memory O(T·P) for the states.
     """
