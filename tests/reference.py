@@ -73,6 +73,26 @@ def greedy(
     return {name: direct[name] + total[name] for name in total}, point
 
 
+def terminal_greedy(
+    case: Case, start: TrainState, alpha: Tensors, first: int, n_steps: int, gamma: float, seed: int = 0
+) -> Tensors:
+    """∇_α L_val(w_T, α) + Σ_t γ^{T−t} v_T·B_t, every B_t from its own graph, all graphs at once."""
+    terms, point = [], Point(start.parameters, start.buffers, start.slots)
+    with _seeded(seed):
+        for i in range(n_steps):
+            z = _leaves(alpha)
+            after = _step(case, point, z, first + i, start.n_steps + i)
+            terms.append((z, after.parameters))
+            point = _detached(after)
+    z, w = _leaves(alpha), _leaves(point.parameters)
+    val_loss = _validate(case, point._replace(parameters=w), z, 0)
+    v, total = _gradients(val_loss, w), _gradients(val_loss, z)
+    for i, (z, after) in enumerate(terms):
+        term = _gradients(_dot(v, after), z)
+        total = {name: total[name] + gamma ** (n_steps - 1 - i) * term[name] for name in total}
+    return total
+
+
 def online_descent(
     case: Case, gamma: float, horizon: int, optimizer: Callable[..., Any], seeds: range
 ) -> list[Tensors]:
@@ -140,6 +160,17 @@ def implicit(case: Case, end: TrainState, alpha: Tensors) -> Tensors:
     v, direct = _gradients(val_loss, w), _gradients(val_loss, z)
     q = torch.linalg.solve(jacobian.T, torch.cat([x.flatten() for x in v.values()]))
     return {name: direct[name] - sum(q[i] * row[k] for i, row in enumerate(by_z)) for k, name in enumerate(z)}
+
+
+def hessian(case: Case, state: TrainState, alpha: Tensors, t: int, seed: int) -> Tensor:
+    """∇²_w L_train on batch ``t`` as a matrix, over the weights' entries in their order."""
+    w, buffers = _leaves(state.parameters), {name: x.clone() for name, x in state.buffers.items()}
+    with _seeded(seed):
+        module, loss = case.specimen.module, case.specimen.train_loss
+        value = _call(module, loss, w, buffers, case.values(alpha), case.train_batch(t))
+    gradient = torch.autograd.grad(value, list(w.values()), create_graph=True)
+    rows = (_gradients(entry, w).values() for g in gradient for entry in g.reshape(-1))
+    return torch.stack([torch.cat([x.reshape(-1) for x in row]) for row in rows])
 
 
 def central_differences(f: Callable[[Tensors], float], x: Tensors, h: float | Tensors = 3e-4) -> Tensors:

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 from optuna_greedyhg.hypergrad import randomness
 from optuna_greedyhg.hypergrad.cost import Cost
 from optuna_greedyhg.hypergrad.curvature import ConjugateGradients, Neumann
+from optuna_greedyhg.hypergrad.descent import descend
 from optuna_greedyhg.hypergrad.domains import Hyperparameter
 from optuna_greedyhg.hypergrad.estimators import DrMAD, FirstOrder, Forward, Greedy, Implicit, Reverse
 from optuna_greedyhg.hypergrad.products import Covector, TrainState
+from optuna_greedyhg.hypergrad.propagators import LastStep, Spectral
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW
 from tests import reference
 from tests.problems import (
@@ -26,6 +29,7 @@ from tests.problems import (
     float64,
     isotropic,
     regression,
+    toy,
     with_numbers,
 )
 from tests.reference import assert_agree, central_differences
@@ -110,6 +114,84 @@ class TestGreedy:
         case = Case(isotropic(), SGD(lr=0.2))
         exact, wrong = (fold(estimator, case, horizon=20)[0]["angle"] for estimator in (Reverse(), Greedy(0.9)))
         assert float((wrong - exact).norm() / exact.norm()) > 0.5
+
+
+class TestTerminalGreedy:
+    """The last validation gradient in the place of all of them, in a second pass."""
+
+    @pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
+    @EVERY_CASE
+    def test_it_agrees_with_the_discounted_sum_term_by_term(self, rule, specimen, gamma):
+        case = Case(specimen(), rule)
+        expected = reference.terminal_greedy(case, case.state_after(4), case.alpha(), 4, 5, gamma, SEED)
+        assert_agree(fold(Greedy(gamma, terminal=True), case, 5, n_warm=4)[0], expected, rtol=1e-8)
+
+    def test_it_is_not_the_running_sum(self):
+        case = Case(SPECIMENS["full-batch"](), UPDATE_RULES["momentum"])
+        running, terminal = (fold(Greedy(0.9, terminal=t), case, 8)[0]["example_logits"] for t in (False, True))
+        assert float((running - terminal).norm() / terminal.norm()) > 1e-2
+
+    def test_with_a_constant_validation_gradient_it_is(self):
+        case = Case(isotropic(), SGD(lr=0.2))
+        running, terminal = (fold(Greedy(0.7, terminal=t), case, 8)[0] for t in (False, True))
+        assert_agree(terminal, running, rtol=1e-12)
+
+    def test_an_estimate_leaves_its_memory_alone(self):
+        """Asked for twice, it is the same, and the replays leave the random numbers that follow alone."""
+        case, estimator = Case(SPECIMENS["dropout"](), UPDATE_RULES["Adam"]), Greedy(0.9, terminal=True)
+        products, alpha, state = case.products(), case.alpha(), case.state_after(2)
+        memory = estimator.init(alpha)
+        with randomness.seeded(SEED, CPU):
+            for t in range(3):
+                step = products.step(state, alpha, case.train_batch(t), remaining=2 - t)
+                memory, state = estimator.observe(memory, step), step.after
+            before = torch.get_rng_state()
+            first, second = (estimator.estimate(memory, step) for _ in range(2))
+            assert torch.equal(torch.get_rng_state(), before)
+        assert_agree(second, first, rtol=0.0)
+
+    @pytest.mark.parametrize("gamma", [0.9, 1.0])
+    def test_restarting_does_not_bias_it(self, gamma):
+        """Where the running sum ends at a loss of 7.57, and nobody is warned."""
+        case = Case(toy(), SGD(lr=0.1))
+        *_, last = descend(
+            case.specimen.problem(),
+            case.hyperparameters,
+            update_rule=case.rule,
+            estimator=Greedy(gamma, terminal=True),
+            horizon=10,
+            n_outer_steps=60,
+            outer_optimizer=partial(torch.optim.SGD, lr=0.1),
+            restart=True,
+            evaluate="online",
+            evaluate_every=10**6,
+        )
+        assert last.val_loss < 1e-6
+
+    @pytest.mark.parametrize(
+        ("estimator", "is_biased"),
+        [
+            (Greedy(0.9), True),
+            (Greedy(0.0), False),
+            (Greedy(0.9, terminal=True), False),
+            (Greedy(propagator=Spectral()), True),
+            (Greedy(propagator=Spectral(), terminal=True), False),
+            (Greedy(propagator=LastStep()), False),
+        ],
+        ids=str,
+    )
+    def test_only_running_sums_are_biased(self, estimator, is_biased):
+        assert estimator.biased_in_restart_mode == is_biased
+
+
+def test_greedy_prints_what_it_uses():
+    assert repr(Greedy()) == "Greedy(gamma=0.9)"
+    assert repr(Greedy(0.5, terminal=True)) == "Greedy(gamma=0.5, terminal=True)"
+    assert repr(Greedy(propagator=LastStep())) == "Greedy(propagator=LastStep())"
+    spectral = "Spectral(rank=3, bulk=0.9, n_iterations=2, refresh_every=5)"
+    assert (
+        repr(Greedy(propagator=Spectral(3, bulk=0.9), terminal=True)) == f"Greedy(propagator={spectral}, terminal=True)"
+    )
 
 
 def test_first_order_is_the_direct_gradient_at_the_end():
@@ -233,6 +315,8 @@ class TestCost:
             (FirstOrder(), Cost(n_train_gradients=19, n_val_gradients=3)),
             (Greedy(0.0), Cost(n_train_gradients=19, n_val_gradients=3, n_products=3)),
             (Greedy(0.9), Cost(n_train_gradients=19, n_val_gradients=19, n_products=19)),
+            (Greedy(0.9, terminal=True), Cost(n_train_gradients=2 * 19, n_val_gradients=3, n_products=19)),
+            (Greedy(0.0, terminal=True), Cost(n_train_gradients=2 * 19, n_val_gradients=3, n_products=3)),
             (Reverse(), Cost(n_train_gradients=2 * 19, n_val_gradients=3, n_products=2 * 19 - 4)),
         ],
         ids=str,

@@ -7,6 +7,7 @@ import torch
 from optuna_greedyhg.hypergrad import randomness
 from optuna_greedyhg.hypergrad.products import Covector, TrainState
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam
+from tests import reference
 from tests.problems import CPU, SPECIMENS, UPDATE_RULES, Case, bowl, float64, with_numbers
 from tests.reference import assert_agree, central_differences
 
@@ -195,3 +196,100 @@ def test_a_covector_that_leaves_out_the_optimizer_state_is_zero_there(rule):
     explicit = step_of(case, state, alpha).times_ab(Covector(v.parameters, zeros))
     assert_agree(left_out[0].parameters, explicit[0].parameters, rtol=1e-14)
     assert_agree(left_out[1], explicit[1], rtol=1e-14)
+
+
+def stacked(state, n):
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.randn(n, *x.shape, generator=generator, dtype=torch.float64) for name, x in state.parameters.items()
+    }
+
+
+def flat_rows(tree):
+    return torch.cat([x.reshape(len(x), -1) for x in tree.values()], dim=1)
+
+
+class TestTimesHessian:
+    @pytest.mark.parametrize("specimen", SPECIMENS)
+    def test_it_agrees_with_the_dense_hessian_from_any_graph(self, specimen):
+        case = Case(SPECIMENS[specimen](), UPDATE_RULES["momentum-decay"])  # whose penalty is not the loss's
+        alpha, state = case.alpha(), case.state_after(N_WARM)
+        vectors = stacked(state, 3)
+        expected = flat_rows(vectors) @ reference.hessian(case, state, alpha, N_WARM, SEED)
+        for graph in GRAPHS:
+            step = step_of(case, state, alpha, **graph)
+            for _ in range(2):  # the kept graph is used up by the first
+                assert_agree({"vH": flat_rows(step.times_hessian(vectors))}, {"vH": expected}, rtol=1e-12)
+            with step.held():
+                for _ in range(2):
+                    assert_agree({"vH": flat_rows(step.times_hessian(vectors))}, {"vH": expected}, rtol=1e-12)
+
+    def test_its_products_are_counted_by_vector(self):
+        case = Case(SPECIMENS["minibatches"](), SGD(lr=0.1))
+        state = case.state_after(N_WARM)
+        n_examples = len(case.train_batch(N_WARM)[0])
+        step = step_of(case, state, case.alpha())
+        cost = step.recipe.products.cost
+        for n in (3, 1):
+            before = cost.n_products
+            step.times_hessian(stacked(state, n))
+            assert cost.n_products - before == n * n_examples
+
+    @pytest.mark.parametrize("graph", GRAPHS, ids=["kept", "replayed"])
+    def test_a_loss_that_is_linear_in_the_weights_has_none(self, graph):
+        """Be it altogether, so that its gradient has no graph, or with a graph that only α is in."""
+        for train_loss in (
+            lambda model, alpha, _: 3 * model() + alpha["curvature"],
+            lambda model, alpha, _: model() * alpha["curvature"],
+        ):
+            case = Case(replace(bowl(), train_loss=train_loss), SGD(lr=0.1))
+            products = case.products()
+            step = products.step(products.initial_state(), case.alpha(), 0, **graph)
+            assert torch.equal(step.times_hessian({"w": float64(1.0, 2.0)})["w"], float64(0.0, 0.0))
+
+
+class TestHeld:
+    @pytest.mark.parametrize(("graph", "n_gradients"), [({"keep_graph": True}, 1), ({}, 2)], ids=["kept", "replayed"])
+    def test_all_products_within_share_one_graph(self, graph, n_gradients):
+        case = Case(SPECIMENS["dropout"](), SGD(lr=0.1, momentum=0.9))
+        state = case.state_after(N_WARM)
+        v, n_examples = random_covector(state), len(case.train_batch(N_WARM)[0])
+        expected = step_of(case, state, case.alpha()).times_ab(v)
+        step = step_of(case, state, case.alpha(), **graph)
+        with step.held() as held:
+            for _ in range(2):
+                held.times_hessian(stacked(state, 2))
+                assert_agree(held.times_b(v), expected[1], rtol=1e-12)
+                assert_agree(held.times_a(v).parameters, expected[0].parameters, rtol=1e-12)
+        assert step.recipe.products.cost.n_train_gradients == n_gradients * n_examples
+        step.times_b(v)  # the graph is gone, and built again
+        assert step.recipe.products.cost.n_train_gradients == (n_gradients + 1) * n_examples
+
+
+class TestRecipe:
+    @pytest.mark.parametrize("graph", GRAPHS, ids=["kept", "replayed"])
+    @pytest.mark.parametrize("specimen", SPECIMENS)
+    def test_made_from_another_state_it_is_the_step_from_there_with_the_same_random_numbers(self, specimen, graph):
+        case = Case(SPECIMENS[specimen](), UPDATE_RULES["Adam-decay"])
+        alpha, here, there = case.alpha(), case.state_after(N_WARM), case.state_after(N_WARM + 3)
+        made = step_of(case, here, alpha, remaining=2).recipe.make(there, **graph)
+        expected = step_of(case, there, alpha)
+        torch.testing.assert_close(made.after.parameters, expected.after.parameters, rtol=0.0, atol=0.0)
+        torch.testing.assert_close(made.after.slots, expected.after.slots, rtol=0.0, atol=0.0)
+        torch.testing.assert_close(made.after.buffers, expected.after.buffers, rtol=0.0, atol=0.0)
+        assert (made.before, made.after.n_steps, made.remaining) == (there, there.n_steps + 1, 2)
+        v = random_covector(there)
+        assert_agree(made.times_b(v), expected.times_b(v), rtol=1e-12)
+
+    def test_by_another_rule_it_is_that_rules_step_and_counts_with_the_first(self):
+        case, other = (Case(SPECIMENS["dropout"](), rule) for rule in (SGD(lr=0.1), SGD(lr=0.3)))
+        alpha, state = case.alpha(), case.state_after(N_WARM)
+        step, expected = step_of(case, state, alpha), step_of(other, state, alpha)
+        cost = step.recipe.products.cost
+        n_before = cost.n_train_gradients
+        made = step.recipe.with_rule(other.rule).make(state)
+        torch.testing.assert_close(made.after.parameters, expected.after.parameters, rtol=0.0, atol=0.0)
+        assert cost.n_train_gradients - n_before == len(case.train_batch(N_WARM)[0])
+        assert (step.rule, made.rule) == (case.rule, other.rule)
+        v = random_covector(state)
+        assert_agree(made.times_b(v), expected.times_b(v), rtol=1e-12)

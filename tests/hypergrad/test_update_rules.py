@@ -91,3 +91,68 @@ def test_the_reference_trains_at_all():
     start = dict(case.specimen.module.named_parameters())
     for name, p in module.named_parameters():
         assert float((p - start[name]).detach().abs().max()) > 1e-4, name
+
+
+SYMMETRIC = torch.tensor([[3.0, 1.0, -0.5], [1.0, -0.4, 0.7], [-0.5, 0.7, 0.2]]).double()
+
+
+@pytest.mark.parametrize("n_steps", [1, 3])
+@pytest.mark.parametrize("rule", UPDATE_RULES.values(), ids=UPDATE_RULES.keys())
+def test_its_transition_is_its_steps_own_derivative_along_eigenvectors(rule, n_steps):
+    """The Jacobian of step ``n_steps`` with g = H·w, on (P^(1/2)·q, P^(−1/2)·q) for eigenvectors q; exact but for Adam.
+
+    There, the second moments are so large that their derivative, relative to the first moment's, is g·m/v = 1e-9.
+    """
+    rule = with_numbers(rule)
+    if isinstance(rule, Adam):
+        rule = type(rule)(lr=1e4, betas=rule.betas, eps=5e3, weight_decay=1e-5 if rule.decoupled else rule.weight_decay)
+    theta = rule.theta
+    start, moment = float64(0.3, -0.2, 0.4), float64(0.1, 0.5, -0.3)
+    seconds = {"exp_avg_sq": {"w": 1e9 * float64(1.0, 2.0, 0.5)}} if isinstance(rule, Adam) else {}
+
+    def step(w, m):
+        slots = seconds if rule.moment is None else {rule.moment: {"w": m}, **seconds}
+        return rule.step({"w": w}, {"w": SYMMETRIC @ w}, slots, theta, n_steps - 1)
+
+    def after(w, m):
+        parameters, slots = step(w, m)
+        return parameters["w"], m if rule.moment is None else slots[rule.moment]["w"]
+
+    preconditioner = rule.preconditioner(step(start, moment)[1], theta, n_steps)
+    root = torch.ones(3).double() if preconditioner is None else preconditioner["w"].sqrt()
+    assert (preconditioner is None) == isinstance(rule, SGD)
+    penalised = SYMMETRIC + rule.penalty * torch.eye(3).double()
+    curvatures, q = torch.linalg.eigh(root[:, None] * penalised * root)
+    found = rule.transition(curvatures, theta, n_steps)
+
+    (w_w, m_w), (w_m, m_m) = torch.autograd.functional.jacobian(after, (start, moment))
+    outer, inner = 1 / root[:, None], root[:, None]  # of what comes out of w, and of what goes in
+    blocks = [[outer * w_w * root, outer * m_w / root], [inner * w_m * root, inner * m_m / root]]
+    size = 1 if rule.moment is None else 2
+    for i, j in ((i, j) for i in range(size) for j in range(size)):
+        expected = q.T @ blocks[i][j] @ q
+        scale = float(found[:, i, j].abs().max())
+        torch.testing.assert_close(torch.diag(found[:, i, j]), expected, rtol=0.0, atol=1e-7 * scale)
+    assert found.shape == (3, size, size)
+
+
+@pytest.mark.parametrize("rule", [r for r in UPDATE_RULES.values() if isinstance(r, Adam)], ids=str)
+def test_the_preconditioner_is_what_multiplies_the_first_moment_in_a_step(rule):
+    """Δw = −lr/(1 − β1^t)·P·m_t, beside decoupled weight decay."""
+    rule = with_numbers(rule)
+    theta, w = rule.theta, {"w": float64(1.0, -2.0), "b": float64(0.5)}
+    slots = rule.init(w)
+    for t in range(1, 4):
+        after, slots = rule.step(w, {name: x**2 + 0.1 for name, x in w.items()}, slots, theta, t - 1)
+        p = rule.preconditioner(slots, theta, t)
+        kept = 1 - theta["lr"] * theta["weight_decay"] if rule.decoupled else 1.0
+        for name, x in w.items():
+            moved = theta["lr"] / (1 - theta["beta1"] ** t) * p[name] * slots["exp_avg"][name]
+            torch.testing.assert_close(after[name], kept * x - moved, rtol=1e-12, atol=0.0)
+        w = after
+
+
+def test_what_a_rule_adds_to_the_curvature_is_its_coupled_penalty():
+    assert SGD(weight_decay=0.3).penalty == Adam(weight_decay=0.3).penalty == 0.3
+    assert SGD(weight_decay="wd").penalty == "wd"
+    assert AdamW(weight_decay=0.3).penalty == 0.0
