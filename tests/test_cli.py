@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ RUN = ("run", "--task", "digits-l2")
         ((*RUN, "--n-trials", "0"), "--n-trials"),
         ((*RUN, "--gamma", "1.5"), "--gamma"),
         ((*RUN, "--horizon", "x"), "--horizon"),
-        ((*RUN, "--storage", "nonsense"), "cannot open the storage 'nonsense'"),
+        ((*RUN, "--storage", "nonsense"), "cannot use the storage 'nonsense'"),
         ((*RUN, "--storage", "sqlite:///nowhere/s.db"), "unable to open database file"),
         ((*RUN, "--storage", "sqlite:///junk.db"), "file is not a database"),
         ((*RUN, "--json", "nowhere/x.json"), "cannot write nowhere/x.json"),
@@ -135,8 +137,13 @@ RUN = ("run", "--task", "digits-l2")
         ((*RUN, "--artifacts", "junk.db/x"), "cannot make the folder"),
         (("run", "--task", "fashion-cleaning"), "needs a data folder"),
         (("run", "--task", "fashion-cleaning", "--data", "nowhere"), "nowhere does not exist"),
+        (("run", "--task", "fashion-cleaning", "--data", "junk.db"), "junk.db does not exist, or is no folder"),
+        ((*RUN, "--data", "."), "brings its own data"),
+        ((*RUN, "--seed", str(2**32)), "--seed"),
+        ((*RUN, "--artifacts", "kept", "--storage", "sqlite:///nowhere/s.db"), "unable to open database file"),
+        (("demo", "--artifacts", "kept", "--storage", "sqlite:///nowhere/s.db"), "unable to open database file"),
         (("demo", "--report", "nowhere/x.html"), "cannot write nowhere/x.html"),
-        (("demo", "--storage", "nonsense"), "cannot open the storage"),
+        (("demo", "--storage", "nonsense"), "cannot use the storage"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_leaves_nothing(
@@ -166,6 +173,56 @@ def test_a_study_of_another_task_is_not_carried_on(capsys: pytest.CaptureFixture
         assert greedyhg("run", *other, *common) == 2
         assert "choose another name" in capsys.readouterr().err
     assert len(optuna.load_study(study_name="s", storage="sqlite:///s.db").trials) == 1
+
+
+@pytest.mark.parametrize("directions", [["maximize"], ["minimize", "minimize"]])
+def test_a_study_of_other_directions_is_left_alone(directions: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    optuna.create_study(study_name="s", storage="sqlite:///s.db", directions=directions)
+    assert greedyhg(*RUN, "--storage", "sqlite:///s.db", "--study-name", "s") == 2
+    assert "is another one" in capsys.readouterr().err
+    study = optuna.load_study(study_name="s", storage="sqlite:///s.db")
+    assert (study.trials, study.user_attrs) == ([], {})
+
+
+def test_online_values_of_other_lengths_of_training_do_not_mix(capsys: pytest.CaptureFixture[str]) -> None:
+    write_folder(Path(), 1010, 10)
+    common = ["--task", "fashion-cleaning", "--data", ".", "--n-trials", "1", "--estimator", "none", "--horizon", "1"]
+    storage = ["--storage", "sqlite:///s.db", "--study-name", "s", "--quiet"]
+    assert greedyhg("run", *common, *storage, "--outer-steps", "1") == 0
+    assert greedyhg("run", *common, *storage, "--outer-steps", "2") == 2
+    assert "n_training_steps" in capsys.readouterr().err
+
+
+def test_a_foreign_database_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(sqlite3.connect("foreign.db")) as connection:
+        connection.execute("CREATE TABLE studies (title TEXT)")
+    assert greedyhg(*RUN, "--storage", "sqlite:///foreign.db") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot use the storage" in line
+
+
+def test_a_timeout_that_is_over_at_once_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert greedyhg(*RUN, "--timeout", "0") == 1
+    assert "no trial was started within 0.0 seconds" in capsys.readouterr().err
+
+
+def test_json_is_written_behind_a_link_and_readable_by_others() -> None:
+    Path("real.json").write_text("old")
+    Path("link.json").symlink_to("real.json")
+    assert greedyhg(*RUN, "--n-trials", "1", *FAST, "--quiet", "--json", "link.json") == 0
+    assert Path("link.json").is_symlink()
+    assert json.loads(Path("real.json").read_text())["task"] == "digits-l2"
+    Path("plain").write_text("")
+    assert Path("real.json").stat().st_mode == Path("plain").stat().st_mode
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: Any, **__: Any) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optuna_greedyhg.tasks.base.refine", interrupt)
+    assert greedyhg(*RUN, "--storage", "sqlite:///s.db", "--study-name", "s") == 130
+    assert capsys.readouterr().err.splitlines() == ["greedyhg: error: interrupted; finished trials are in the storage"]
 
 
 def test_trials_that_all_fail_are_an_error_and_stay_in_the_storage(

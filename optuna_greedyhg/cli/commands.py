@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,17 +20,22 @@ import typer
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
 from rich.console import Console
 
 from optuna_greedyhg.cli.console import StudyProgress, summary_table
 from optuna_greedyhg.hypergrad.estimators import Estimator, FirstOrder, Greedy, Reverse
+from optuna_greedyhg.hypergrad.evaluation import Online
+from optuna_greedyhg.report.files import write_whole
 from optuna_greedyhg.report.page import write_report
 from optuna_greedyhg.report.summary import summarize
-from optuna_greedyhg.tasks import TASKS, DataError, DigitsCleaning, make_objective, make_task
+from optuna_greedyhg.tasks import TASKS, DataError, DigitsCleaning, FashionCleaning, make_objective, make_task
 from optuna_greedyhg.tasks.comparison import compare
 from optuna_greedyhg.trials.sampler import GreedyHGSampler
 
 USAGE = 2
+INTERRUPTED = 130  # which typer makes of a Ctrl-C
 
 app = typer.Typer(
     add_completion=False,
@@ -92,7 +97,7 @@ class DeviceName(StrEnum):
 
 TaskName = StrEnum("TaskName", {name.replace("-", "_").upper(): name for name in TASKS})  # type: ignore[misc]
 
-Seed = Annotated[int, typer.Option(min=0, help="Seeds data, weights and samplers.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seeds data, weights and samplers.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file, for machines.")]
 Artifacts = Annotated[Path | None, typer.Option(help="Folder that keeps the refined tensors.")]
@@ -112,8 +117,11 @@ def demo(
     console = Console(quiet=quiet)
     _require_writable(report, "--report")
     _require_writable(json_file, "--json")
+    _require_folder(artifacts, "--artifacts")
+    with _optuna_silenced(), _storage_errors(storage):
+        opened = _open_storage(storage)
+        prefix = _unused_prefix(opened, f"demo-{DigitsCleaning.name}")
     store = _open_artifacts(artifacts)
-    opened = _open_storage(storage)
     # Its matrices are so small that a second thread costs more than it brings, much more on a busy machine.
     torch.set_num_threads(1)
     task = DigitsCleaning(seed)
@@ -122,7 +130,7 @@ def demo(
         comparison = compare(
             task,
             storage=opened,
-            prefix=_unused_prefix(opened, f"demo-{task.name}"),
+            prefix=prefix,
             seed=seed,
             n_trials=n_trials,
             artifact_store=store,
@@ -167,15 +175,21 @@ def run(
     console = Console(quiet=quiet)
     name = task.value
     _require_writable(json_file, "--json")
+    _require_folder(artifacts, "--artifacts")
+    if data is not None and name != FashionCleaning.name:
+        raise typer.BadParameter(f"the task {name} brings its own data", param_hint="--data")
     problem = make_task(name, seed=seed, device=device.make(), folder=data)
     settings = replace(
         problem.settings,
         horizon=horizon or problem.settings.horizon,
         n_outer_steps=outer_steps or problem.settings.n_outer_steps,
     )
+    identity: dict[str, Any] = {"task": name, "task_seed": seed}
+    if isinstance(settings.evaluate, Online):  # whose values depend on how long training went on
+        identity["n_training_steps"] = settings.horizon * settings.n_outer_steps
+    with _optuna_silenced(), _storage_errors(storage):
+        study = _open_study(_open_storage(storage), study_name, sampler, identity)
     store = _open_artifacts(artifacts)
-    with _optuna_silenced():
-        study = _open_study(_open_storage(storage), study_name, sampler, {"task": name, "task_seed": seed})
     n_before = len(study.trials)
     if n_before > 0:
         console.print(f"Carrying on the study {study.study_name}, which has {n_before} trials.", highlight=False)
@@ -197,7 +211,9 @@ def run(
     summary = summarize(f"{sampler}+{estimator}", study, problem.diagnostics)
     _write_json(json_file, {"task": name, "seed": seed, "study_name": study.study_name, "methods": [summary.as_json()]})
     console.print(summary_table([summary], f"The best of all trials in the study {study.study_name}"))
-    if summary.val_loss is None:
+    if len(study.trials) == n_before:
+        _fail(f"no trial was started within {timeout} seconds", code=1)
+    if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
         _fail("no trial of the study has completed; see the messages above", code=1)
 
 
@@ -221,8 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except (typer.TyperException, DataError) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         _fail(message, code=USAGE)
-    except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted; finished trials are in the storage", code=130)
+    if code == INTERRUPTED:
+        _fail("interrupted; finished trials are in the storage", code=INTERRUPTED)
     sys.exit(code or 0)
 
 
@@ -233,14 +249,21 @@ def _fail(message: str, *, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _open_storage(url: str | None) -> BaseStorage:
-    if url is None:
-        return InMemoryStorage()
+@contextmanager
+def _storage_errors(url: str | None) -> Iterator[None]:
+    """Says in one line what a storage finds wrong; SQLAlchemy, its drivers and Optuna each raise their own."""
     try:
-        return RDBStorage(url)
-    except Exception as error:  # SQLAlchemy, its drivers and Optuna each raise their own
-        reason = str(error).strip().splitlines()[0]
-        raise typer.BadParameter(f"cannot open the storage {url!r}: {reason}", param_hint="--storage") from error
+        yield
+    except (typer.TyperException, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = (str(cause).strip() or repr(cause)).splitlines()[0]
+        raise typer.BadParameter(f"cannot use the storage {url!r}: {reason}", param_hint="--storage") from error
+
+
+def _open_storage(url: str | None) -> BaseStorage:
+    return InMemoryStorage() if url is None else RDBStorage(url)
 
 
 def _open_study(
@@ -252,29 +275,36 @@ def _open_study(
     )
     n_trials = len(study.get_trials(deepcopy=False))
     recorded = {key: study.user_attrs.get(key) for key in identity}
-    if n_trials > 0 and recorded != identity:
+    if study.directions != [StudyDirection.MINIMIZE] or (n_trials > 0 and recorded != identity):
+        directions = [direction.name.lower() for direction in study.directions]
         raise typer.BadParameter(
-            f"the study {study_name!r} holds trials of {recorded}, whose values do not compare with those of "
-            f"{identity}; choose another name",
+            f"the study {study_name!r} is another one ({directions}, {recorded}), whose values do not compare with "
+            f"those of {identity}; choose another name",
             param_hint="--study-name",
         )
     for key, value in identity.items():
         study.set_user_attr(key, value)
     # A sampler that starts again from the same seed would draw the same seeds again.
-    study.sampler = GreedyHGSampler(sampler.make(identity["task_seed"] + n_trials))
+    study.sampler = GreedyHGSampler(sampler.make((identity["task_seed"] + n_trials) % 2**32))
     return study
 
 
 def _open_artifacts(folder: Path | None) -> FileSystemArtifactStore | None:
     if folder is None:
         return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(
-            f"cannot make the folder {folder}: {error.strerror}", param_hint="--artifacts"
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
     return FileSystemArtifactStore(folder)
+
+
+def _require_folder(folder: Path | None, option: str) -> None:
+    """Refuses a folder that is not there and cannot be made, without making it."""
+    if folder is None:
+        return
+    present = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not present.is_dir() or not os.access(present, os.W_OK):
+        raise typer.BadParameter(
+            f"cannot make the folder {folder}: {present} is not a writable folder", param_hint=option
+        )
 
 
 def _unused_prefix(storage: BaseStorage, stem: str) -> str:
@@ -295,21 +325,25 @@ def _require_writable(path: Path | None, option: str) -> None:
 
 
 def _write_json(path: Path | None, content: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
-    if path is None:
-        return
-    with tempfile.NamedTemporaryFile("w", dir=path.absolute().parent, suffix=".tmp", delete=False) as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-    Path(file.name).replace(path)
+    if path is not None:
+        write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager
 def _optuna_silenced() -> Iterator[None]:
-    """Keeps Optuna's line a trial from tearing the progress bar."""
+    """Keeps Optuna's line a trial from tearing the progress bar, and the traceback of a Ctrl-C from being a message."""
+
+    def is_no_interrupt(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt))
+
+    handlers = logging.getLogger("optuna").handlers
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for handler in handlers:
+        handler.addFilter(is_no_interrupt)
     try:
         yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+        for handler in handlers:
+            handler.removeFilter(is_no_interrupt)

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 
 from optuna_greedyhg.report import theme
 from optuna_greedyhg.report.figures import alpha_trajectories, optimization_history, seed_to_refined
+from optuna_greedyhg.report.files import write_whole
 from optuna_greedyhg.report.history import history
 from optuna_greedyhg.report.summary import MethodSummary
 from optuna_greedyhg.report.table import summary_table
@@ -58,7 +59,7 @@ def write_report(
         raise FileNotFoundError(
             f"A report needs a folder that exists, but got {str(path)!r}; create {str(path.parent)!r}."
         )
-    _replace(path, _page(title, intro, studies, summaries, footer))
+    write_whole(path, _page(title, intro, studies, summaries, footer))
 
 
 def _page(
@@ -122,15 +123,6 @@ def _figure(name: str, figure: go.Figure, caption: str, *, with_plotly: bool = F
         div_id=name,
     )
     return f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def _replace(path: Path, content: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.write_text(content, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 _TABLE_NOTE = (

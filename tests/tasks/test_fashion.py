@@ -53,6 +53,15 @@ def test_a_torn_download_is_refused(tmp_path: Path) -> None:
         read_idx(tmp_path / "x.gz")
 
 
+def test_a_corrupted_download_is_refused(tmp_path: Path) -> None:
+    write_idx(tmp_path / "x.gz", torch.arange(1000))
+    content = bytearray((tmp_path / "x.gz").read_bytes())
+    content[20:60] = b"\xff" * 40
+    (tmp_path / "x.gz").write_bytes(content)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_idx(tmp_path / "x.gz")
+
+
 def test_a_missing_folder_or_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="needs a data folder"):
         make_task("fashion-cleaning")
