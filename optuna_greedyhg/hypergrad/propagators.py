@@ -7,7 +7,9 @@
 In the last, (λ_i, q_i) are the leading eigenpairs of the training loss's Hessian, and r(n; λ) is what n steps of the
 update rule make of a perturbation along a direction of curvature λ: (1 − lr·λ)^n for gradient descent. With momentum,
 the response is a covector on (w, m), so that the optimizer's state is propagated, too. A preconditioned rule (Adam) has
-its response in preconditioned coordinates, P^(1/2)·H·P^(1/2), where P is taken as constant over the horizon.
+its response in preconditioned coordinates, P^(1/2)·H·P^(1/2), where P is taken as constant over the horizon. There, a
+response that would grow is held at its size: P^(1/2)·H·P^(1/2) is huge at the weights that have had hardly a gradient
+(1e8 in the first steps), where in truth P falls as soon as one comes.
 """
 
 from __future__ import annotations
@@ -156,11 +158,16 @@ class Spectral(Propagator[Spectrum]):
                 pairs, age = block_iterations(times_curvature, carried.pairs.vectors, self.n_iterations), 0
             else:
                 pairs, age = carried.pairs, carried.age + 1
-            leading = _responses(rule.transition(pairs.values, theta, n_steps), horizon)
+
+            def responses(curvatures: Tensor) -> Tensor:
+                transitions = rule.transition(curvatures, theta, n_steps)
+                return _responses(transitions if root is None else _without_growth(transitions), horizon)
+
+            leading = responses(pairs.values)
             if self.bulk == "auto":
                 rest = x - pairs.vectors.T @ (pairs.vectors @ x)
                 curvature = rest @ times_curvature(rest.unsqueeze(0))[0] / (rest @ rest).clamp_min(_TINY)
-                bulk = _responses(rule.transition(curvature.unsqueeze(0), theta, n_steps), horizon)[:, 0]
+                bulk = responses(curvature.unsqueeze(0))[:, 0]
             else:
                 bulk = leading.new_zeros(horizon, leading.shape[2])
                 bulk[:, 0] = self.bulk ** torch.arange(horizon, dtype=x.dtype, device=x.device)
@@ -189,6 +196,16 @@ def _responses(transitions: Tensor, horizon: int) -> Tensor:
     for _ in range(horizon - 1):
         rows.append(torch.einsum("ki,kij->kj", rows[-1], transitions))
     return torch.stack(rows)
+
+
+def _without_growth(transitions: Tensor) -> Tensor:
+    """Matrices of shape (k, 2, 2), each divided by its spectral radius where that is above 1."""
+    half_trace = (transitions[:, 0, 0] + transitions[:, 1, 1]) / 2
+    determinant = transitions[:, 0, 0] * transitions[:, 1, 1] - transitions[:, 0, 1] * transitions[:, 1, 0]
+    discriminant = half_trace**2 - determinant
+    real, conjugate = half_trace.abs() + discriminant.clamp_min(0).sqrt(), determinant.clamp_min(0).sqrt()
+    radius = torch.where(discriminant > 0, real, conjugate)
+    return transitions / radius.clamp_min(1.0)[:, None, None]
 
 
 def _scaled(x: Tensor, root: Tensor | None) -> Tensor:

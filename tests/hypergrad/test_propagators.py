@@ -117,7 +117,7 @@ class TestSpectralIsExactOnAQuadratic:
         ids=["Adam", "Adam-decay", "AdamW", "Adam-eps", "AdamW-eps"],
     )
     def test_preconditioned_where_the_second_moment_is_constant(self, rule, n_steps, rtol):
-        case = Settled(quadratic(), rule, n_steps)
+        case = Settled(quadratic(SPREAD.abs()), rule, n_steps)
         exact, _ = fold(Reverse(), case, 10)
         assert_agree(fold(Greedy(propagator=Spectral(rank=P), terminal=True), case, 10)[0], exact, rtol)
         as_if_isotropic, _ = fold(Greedy(propagator=Spectral(rank=0), terminal=True), case, 10)
@@ -219,6 +219,28 @@ def test_on_a_network_it_points_where_the_exact_hypergradient_does(rule):
     of_decay, of_spectral = (float(F.cosine_similarity(x, exact, dim=0)) for x in (decay, spectral))
     assert of_spectral > 0.9
     assert of_spectral > of_decay + 0.2
+
+
+@pytest.mark.parametrize("rule", [Adam(lr=0.01), AdamW(lr=0.01)], ids=str)
+def test_from_the_first_step_of_adam_on_it_does_not_blow_up(rule):
+    """Weights of pixels that are all but always empty have a preconditioner of 1e8; a frozen one makes 1e20 of them."""
+    case = Case(digits(), rule)
+    exact, decay, spectral = (
+        fold(estimator, case, 20)[0]["example_logits"]
+        for estimator in (Reverse(), Greedy(0.9), Greedy(propagator=Spectral(rank=10)))
+    )
+    assert float(spectral.norm()) < 100 * float(exact.norm())
+    assert float(F.cosine_similarity(spectral, exact, dim=0)) > float(F.cosine_similarity(decay, exact, dim=0)) > 0.4
+
+
+@pytest.mark.parametrize("curvature", [-1e9, -3.0, 0.0, 0.4, 50.0, 1e9])
+def test_a_preconditioned_response_does_not_grow(curvature):
+    case = Case(quadratic(torch.full((P,), curvature).double()), Adam(lr=0.1))
+    step = case.products().step(case.state_after(0), case.alpha(), 0, remaining=200)
+    known = Spectral(rank=1).begin(None, step, step.validation().gradient)
+    for responses in (known.leading[:, 0], known.bulk):
+        assert bool(torch.isfinite(responses).all())
+        assert float(responses[:, 0].abs().max()) < 20
 
 
 class TestHorizonAfterHorizon:
