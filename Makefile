@@ -31,8 +31,9 @@ format: $(INSTALLED)  ## Put the style right where that can be done by itself.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## Repeat the committed benchmark: five seeds, about five minutes.
-	$(BIN)/python benchmarks/digits_cleaning.py --out benchmarks/results/digits_cleaning.json
+bench: $(INSTALLED)  ## Repeat the committed benchmarks: five seeds of two tasks, about six minutes.
+	$(BIN)/python benchmarks/equal_cost.py --task digits-cleaning --out benchmarks/results/digits_cleaning.json
+	$(BIN)/python benchmarks/equal_cost.py --task digits-l2 --out benchmarks/results/digits_l2.json
 
 clean:  ## Remove the environment and the caches.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from optuna_greedyhg.hypergrad import randomness
-from optuna_greedyhg.hypergrad.products import Covector, TrainState
+from optuna_greedyhg.hypergrad.domains import Unbounded
+from optuna_greedyhg.hypergrad.problem import BilevelProblem
+from optuna_greedyhg.hypergrad.products import Covector, Products, TrainState
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam
 from tests import reference
 from tests.problems import CPU, SPECIMENS, UPDATE_RULES, Case, bowl, float64, with_numbers
@@ -293,3 +295,35 @@ class TestRecipe:
         assert (step.rule, made.rule) == (case.rule, other.rule)
         v = random_covector(state)
         assert_agree(made.times_b(v), expected.times_b(v), rtol=1e-12)
+
+
+def test_attention_has_products():
+    """The fused kernels have no second derivative: products must go through the plain one."""
+
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=False)[0].mean(dim=(1, 2))
+
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    problem = BilevelProblem(
+        model=Attention(),
+        train_loss=lambda model, alpha, batch: (alpha["weights"] * model(batch).square()).mean(),
+        val_loss=lambda model, alpha, batch: model(batch).sum(),
+        train_batches=x,
+        val_batches=x,
+    )
+    products = Products(problem, {"weights": Unbounded()}, SGD(lr=1.0))
+    alpha = {"weights": torch.ones(3)}
+    step = products.step(products.initial_state(), alpha, x, keep_graph=True)
+    v = Covector(step.validation().gradient)
+    h = 1e-2
+    moved = [
+        products.step(products.initial_state(), {"weights": torch.tensor([1.0 + s * h, 1.0, 1.0])}, x).after.parameters
+        for s in (1, -1)
+    ]
+    difference = sum((v.parameters[k] * (moved[0][k] - moved[1][k])).sum() for k in v.parameters) / (2 * h)
+    assert float(step.times_b(v)["weights"][0]) == pytest.approx(float(difference), rel=1e-3)

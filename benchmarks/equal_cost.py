@@ -1,9 +1,10 @@
-"""Does refinement beat the sampler alone at equal cost, on digits whose training labels are half corrupted?
+"""Does refinement beat the sampler alone at equal cost?
 
-For each seed (data, corruption, initial weights and samplers all differ), TPE + greedy runs a number of refined trials,
+For each seed (data, initial weights and samplers all differ), TPE + greedy runs a number of refined trials,
 and TPE alone as many trials as cost the same. Compared is the best trial by *validation* loss, on the *test* split.
 
-    python benchmarks/digits_cleaning.py --out benchmarks/results/digits_cleaning.json
+    python benchmarks/equal_cost.py --task digits-cleaning --out benchmarks/results/digits_cleaning.json
+    python benchmarks/equal_cost.py --task digits-l2 --out benchmarks/results/digits_l2.json
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import environment
 import optuna
 import torch
 
-from optuna_greedyhg.tasks import DigitsCleaning
+from optuna_greedyhg.tasks import make_task
 from optuna_greedyhg.tasks.comparison import DEFAULTS, TPE, TPE_GREEDY, compare
 
 SCORES = ("val_loss", "test_loss", "test_accuracy", "cost", "seconds", "weight_clean", "weight_corrupted")
@@ -27,6 +28,7 @@ SCORES = ("val_loss", "test_loss", "test_accuracy", "cost", "seconds", "weight_c
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=["digits-cleaning", "digits-l2"], default="digits-cleaning")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--n-trials", type=int, default=8, help="number of refined trials")
     parser.add_argument("--out", type=Path, default=None)
@@ -34,18 +36,18 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
 
-    runs = [run(seed, arguments.n_trials) for seed in range(arguments.seeds)]
+    runs = [run(arguments.task, seed, arguments.n_trials) for seed in range(arguments.seeds)]
     result = {**environment.describe(), "summary": summarize(runs), "runs": runs}
     print(json.dumps(result["summary"], indent=2))
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def run(seed: int, n_trials: int) -> dict[str, Any]:
+def run(task: str, seed: int, n_trials: int) -> dict[str, Any]:
     """One seed's rows, by method."""
     start = time.perf_counter()
     storage = optuna.storages.InMemoryStorage()
-    comparison = compare(DigitsCleaning(seed), storage=storage, prefix="", seed=seed, n_trials=n_trials)
+    comparison = compare(make_task(task, seed=seed), storage=storage, prefix="", seed=seed, n_trials=n_trials)
     rows = {summary.name: summary.as_json() for summary in comparison.summaries}
     shown = ", ".join(f"{name} {row['test_accuracy']:.3f}" for name, row in rows.items())
     print(f"seed {seed}: test accuracy {shown} ({time.perf_counter() - start:.0f} s)", flush=True)
