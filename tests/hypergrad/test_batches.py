@@ -12,7 +12,9 @@ Pair = namedtuple("Pair", ["x", "y"])
 X, Y = torch.arange(6.0).reshape(3, 2), torch.arange(3)
 
 
-@pytest.mark.parametrize("full", [X, (X, Y), {"x": X, "y": Y}, ({"x": X}, Y)], ids=["tensor", "tuple", "dictionary", "mixed"])
+@pytest.mark.parametrize(
+    "full", [X, (X, Y), {"x": X, "y": Y}, ({"x": X}, Y)], ids=["tensor", "tuple", "dictionary", "mixed"]
+)
 def test_a_full_batch_is_the_batch_of_every_step(full):
     first, second = islice(Stream(as_source(full, "train_batches"), "train_batches"), 2)
     torch.testing.assert_close(first, full)
