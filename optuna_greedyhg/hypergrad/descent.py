@@ -100,13 +100,19 @@ class DescentOptions:
                 f"evaluate must be 'retrain', 'online', Retrain(n_steps) or Online(), but got {self.evaluate!r}."
             )
 
+        if self.n_outer_steps == 0 and isinstance(self.protocol, Retrain) and self._declared_n_steps is None:
+            raise ValueError("Without outer steps, say how long to train for a value: evaluate=Retrain(n_steps=...).")
+
     @property
     def protocol(self) -> Retrain | Online:
         """The protocol of evaluation, with its number of steps filled in."""
         if self.evaluate == "online" or isinstance(self.evaluate, Online):
             return Online()
-        declared = self.evaluate.n_steps if isinstance(self.evaluate, Retrain) else None
-        return Retrain(declared or max(1, self.horizon * self.n_outer_steps))
+        return Retrain(self._declared_n_steps or self.horizon * self.n_outer_steps or None)
+
+    @property
+    def _declared_n_steps(self) -> int | None:
+        return self.evaluate.n_steps if isinstance(self.evaluate, Retrain) else None
 
     def is_better(self, a: Evaluation, b: Evaluation) -> bool:
         """Whether ``a`` has a strictly better score than ``b``; NaN is worse than everything."""

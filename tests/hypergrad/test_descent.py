@@ -582,3 +582,10 @@ def test_a_seed_on_its_bound_is_evaluated_there():
 def test_an_outer_optimizer_that_needs_a_closure_is_refused():
     with pytest.raises(ValueError, match="without a closure, which LBFGS does not"):
         walk(n_outer_steps=1, outer_optimizer=torch.optim.LBFGS)
+
+
+def test_without_outer_steps_the_length_of_training_must_be_said():
+    with pytest.raises(ValueError, match=r"evaluate=Retrain\(n_steps=\.\.\.\)"):
+        DescentOptions(n_outer_steps=0)
+    assert DescentOptions(n_outer_steps=0, evaluate=Retrain(3)).protocol == Retrain(3)
+    assert DescentOptions(n_outer_steps=0, evaluate="online").protocol == Online()
