@@ -190,7 +190,7 @@ def run(
     with _optuna_silenced(), _storage_errors(storage):
         study = _open_study(_open_storage(storage), study_name, sampler, identity)
     store = _open_artifacts(artifacts)
-    n_before = len(study.trials)
+    n_before = len(study.get_trials(deepcopy=False))
     if n_before > 0:
         console.print(f"Carrying on the study {study.study_name}, which has {n_before} trials.", highlight=False)
     with _optuna_silenced(), StudyProgress(console) as progress:
@@ -211,9 +211,10 @@ def run(
     summary = summarize(f"{sampler}+{estimator}", study, problem.diagnostics)
     _write_json(json_file, {"task": name, "seed": seed, "study_name": study.study_name, "methods": [summary.as_json()]})
     console.print(summary_table([summary], f"The best of all trials in the study {study.study_name}"))
-    if len(study.trials) == n_before:
+    trials = study.get_trials(deepcopy=False)
+    if len(trials) == n_before:
         _fail(f"no trial was started within {timeout} seconds", code=1)
-    if not any(trial.state == TrialState.COMPLETE for trial in study.trials):
+    if not any(trial.state == TrialState.COMPLETE for trial in trials):
         _fail("no trial of the study has completed; see the messages above", code=1)
 
 

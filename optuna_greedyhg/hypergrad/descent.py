@@ -99,8 +99,7 @@ class DescentOptions:
             raise ValueError(
                 f"evaluate must be 'retrain', 'online', Retrain(n_steps) or Online(), but got {self.evaluate!r}."
             )
-
-        if self.n_outer_steps == 0 and isinstance(self.protocol, Retrain) and self._declared_n_steps is None:
+        if self.protocol == Retrain(None):
             raise ValueError("Without outer steps, say how long to train for a value: evaluate=Retrain(n_steps=...).")
 
     @property
@@ -108,11 +107,8 @@ class DescentOptions:
         """The protocol of evaluation, with its number of steps filled in."""
         if self.evaluate == "online" or isinstance(self.evaluate, Online):
             return Online()
-        return Retrain(self._declared_n_steps or self.horizon * self.n_outer_steps or None)
-
-    @property
-    def _declared_n_steps(self) -> int | None:
-        return self.evaluate.n_steps if isinstance(self.evaluate, Retrain) else None
+        declared = self.evaluate.n_steps if isinstance(self.evaluate, Retrain) else None
+        return Retrain(declared or self.horizon * self.n_outer_steps or None)
 
     def is_better(self, a: Evaluation, b: Evaluation) -> bool:
         """Whether ``a`` has a strictly better score than ``b``; NaN is worse than everything."""
@@ -205,8 +201,9 @@ def _outer_loop(
     estimator = estimator or Fixed()
     # The seed is evaluated at its exact values, which a round trip through coordinates may change in the last digits.
     exact, seed_values = products.at_values(), to_values(hyperparameters, problem.device, problem.dtype)
-    alpha = to_coordinates(hyperparameters, problem.device, problem.dtype)
-    if not moves:
+    if moves:
+        alpha = to_coordinates(hyperparameters, problem.device, problem.dtype)
+    else:
         products, alpha = exact, seed_values
     # Where α alone is the result, nothing is learnt from training on under an α that does not move.
     n_outer_steps = options.n_outer_steps if moves or online else 0

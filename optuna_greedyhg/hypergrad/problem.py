@@ -40,9 +40,7 @@ class Model:
         self._module = module
         self._parameters = parameters
         self._constants = constants
-        # A module in eval mode may hold a BatchNorm that is not.
-        updates = any(part.training for part in module.modules())
-        self.buffers = {name: buffer.clone() for name, buffer in buffers.items()} if updates else buffers
+        self.buffers = trees.clone(buffers)  # in eval mode, too, where a part may have been left in training mode
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors = {**self._parameters, **self._constants, **self.buffers}
@@ -125,10 +123,12 @@ class BilevelProblem:
         self._metrics = dict(metrics or {})
         self._val_set = batches.evaluation_set(self._val_source, "val_batches", n_eval_batches)
         self._kept: list[Batch] = []
-        self._test_source = None if test_batches is None else batches.as_source(test_batches, "test_batches")
+        sources = [self._train_source, self._val_source]
         self._test_set: Source | None = None
-        if self._test_source is not None:
-            self._test_set = batches.evaluation_set(self._test_source, "test_batches", n_eval_batches)
+        if test_batches is not None:
+            sources.append(batches.as_source(test_batches, "test_batches"))
+            self._test_set = batches.evaluation_set(sources[-1], "test_batches", n_eval_batches)
+        self._generators = list(dict.fromkeys(g for source in sources for g in batches.generators_of(source)))
 
     @property
     def device(self) -> torch.device:
@@ -155,9 +155,7 @@ class BilevelProblem:
 
     def seeded(self, seed: int) -> AbstractContextManager[None]:
         """Within the block, dropout, augmentation and the order of batches are those of ``seed``."""
-        sources = (self._train_source, self._val_source, *(() if self._test_source is None else (self._test_source,)))
-        generators = [generator for source in sources for generator in batches.generators_of(source)]
-        return randomness.seeded(seed, self.device, list(dict.fromkeys(generators)))
+        return randomness.seeded(seed, self.device, self._generators)
 
     def first_batches(self, n: int) -> Iterator[Batch]:
         """The first ``n`` training batches, the same each time; those of a one-shot iterator are kept in memory."""

@@ -47,11 +47,6 @@ class Alpha:
         return dict(self._hyperparameters)
 
     @property
-    def is_committed(self) -> bool:
-        """Whether they have been refined, and written to the trial."""
-        return self._committed
-
-    @property
     def scalars(self) -> tuple[str, ...]:
         """The names of those that the sampler has seeded."""
         return tuple(self._distributions)
@@ -109,8 +104,7 @@ class Alpha:
             RuntimeError: If it is called a second time.
             ValueError: If a value is not finite.
         """
-        if self._committed:
-            raise RuntimeError("The hyperparameters have been refined already; declare a new Alpha in another trial.")
+        self.require_uncommitted()
         self._committed = True
         refined = {}
         for name, distribution in self._distributions.items():
@@ -118,10 +112,13 @@ class Alpha:
             if not math.isfinite(value):
                 raise ValueError(f"The refined value of {name!r} must be finite, but got {value}.")
             refined[name] = min(max(value, distribution.low), distribution.high)
-        for name in list(self._uncommitted):
-            del self._uncommitted[name]
-            self._write(name, refined[name])
+        self._write_uncommitted(refined)
         return refined
+
+    def require_uncommitted(self) -> None:
+        """Raises ``RuntimeError`` if they have been refined, and written to the trial, before."""
+        if self._committed:
+            raise RuntimeError("The hyperparameters have been refined already; declare a new Alpha in another trial.")
 
     def _seed(self, name: str, distribution: FloatDistribution) -> float:
         sampler = self._sampler()
@@ -139,6 +136,11 @@ class Alpha:
             seed = sampler.seed(self._trial, name, distribution)
         self._uncommitted[name] = seed
         return seed
+
+    def _write_uncommitted(self, values: Mapping[str, float]) -> None:
+        for name in list(self._uncommitted):
+            del self._uncommitted[name]
+            self._write(name, values[name])
 
     def _write(self, name: str, value: float) -> None:
         sampler = self._sampler()
@@ -160,9 +162,7 @@ class Alpha:
     def _settle(self) -> Trial:
         """Commits the seeds that nobody has refined."""
         assert isinstance(self._trial, Trial)  # a sampler has registered it
-        for name, seed in self._uncommitted.items():
-            self._write(name, seed)
-        self._uncommitted.clear()
+        self._write_uncommitted(dict(self._uncommitted))
         return self._trial
 
     def _sampler(self) -> GreedyHGSampler | None:
@@ -177,7 +177,9 @@ class Alpha:
             raise ValueError(
                 f"A hyperparameter must not be called any of {records.TRAJECTORY_COLUMNS}, but got {name!r}."
             )
-        if name in self._hyperparameters or name in self._trial.params:
+        sampler = self._sampler()
+        seeded = () if sampler is None or not isinstance(self._trial, Trial) else sampler.seeded(self._trial)
+        if name in self._hyperparameters or name in self._trial.params or name in seeded:
             raise ValueError(
                 f"A hyperparameter's name must be unique in its trial, but {name!r} is taken; choose another."
             )

@@ -102,8 +102,7 @@ def refine(
         max_failures=max_failures,
         seed=seed,
     )
-    if alpha.is_committed:
-        raise RuntimeError("These hyperparameters have been refined already; declare a new Alpha in another trial.")
+    alpha.require_uncommitted()
     descent = descend(problem, alpha.hyperparameters, update_rule=update_rule, estimator=estimator, options=options)
     records.write(trial, {"estimator": str(estimator), "protocol": _described(options)})
     recorder = _Recorder(trial, problem, alpha, options, artifact_store)

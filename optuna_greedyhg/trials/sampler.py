@@ -141,15 +141,13 @@ class GreedyHGSampler(BaseSampler):
         """Makes the next ``trial.suggest_float(name, ...)`` return, and so write, ``value``."""
         self._contexts[_key(trial.study, trial)].committed[name] = value
 
-    def register(self, trial: Trial, name: str, settle: Callable[[], Trial]) -> None:
-        """Reserves a name for a seed, and notes what commits it, should the trial end without having been refined.
+    def seeded(self, trial: Trial) -> frozenset[str]:
+        """The names for which seeds have been handed out, and that nobody else may use in this trial."""
+        return frozenset(self._contexts[_key(trial.study, trial)].seeded)
 
-        Raises:
-            ValueError: If the name is reserved already.
-        """
+    def register(self, trial: Trial, name: str, settle: Callable[[], Trial]) -> None:
+        """Notes that a name has a seed, and what commits it, should the trial end without having been refined."""
         context = self._contexts[_key(trial.study, trial)]
-        if name in context.seeded:
-            raise ValueError(f"A hyperparameter's name must be unique in its trial, but {name!r} is taken.")
         context.seeded.add(name)
         if settle not in context.settlers:
             context.settlers.append(settle)

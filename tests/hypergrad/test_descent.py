@@ -51,6 +51,12 @@ def walk(*, limit=math.inf, length=1.0, problem=None, **settings):
     return run(case, T1T2, replaced, **{"horizon": 1, "outer_optimizer": outer_sgd(length / 0.5), **settings})
 
 
+def noise(generator):
+    """Random features of two classes, and the examples' positions."""
+    x = torch.randn(N_EXAMPLES, N_FEATURES, generator=generator, dtype=torch.float64)
+    return TensorDataset(x, (x[:, 0] > 0).long(), torch.arange(N_EXAMPLES))
+
+
 def coordinates(case, values):
     return {name: h.domain.to_coordinate(values[name]) for name, h in case.hyperparameters.items()}
 
@@ -372,9 +378,7 @@ class TestNothingElseChanges:
         torch.testing.assert_close((specimen.train_batches, specimen.val_batches), before, rtol=0.0, atol=0.0)
 
     def test_equal_seeds_are_bit_identical_and_others_are_not(self):
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(N_EXAMPLES, N_FEATURES, generator=generator, dtype=torch.float64)
-        data = TensorDataset(x, (x[:, 0] > 0).long(), torch.arange(N_EXAMPLES))
+        data = noise(torch.Generator().manual_seed(0))
         specimen = classification(nn.Dropout(0.4))
 
         def trajectory(seed):
@@ -533,8 +537,7 @@ def test_without_an_estimator_no_outer_optimizer_moves_alpha():
 def shuffled(source):
     """Batches of noise whose order, or content, depends on how often they were drawn before."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(N_EXAMPLES, N_FEATURES, generator=generator, dtype=torch.float64)
-    data = TensorDataset(x, (x[:, 0] > 0).long(), torch.arange(N_EXAMPLES))
+    data = noise(generator)
     if source == "loader with a generator":
         return DataLoader(data, batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(3))
     if source == "loader":
@@ -553,8 +556,8 @@ def test_every_retraining_sees_the_same_batches(source):
     """With an α that hardly moves, all evaluations agree; they would differ as much as batches do."""
     problem = classification().problem(train_batches=shuffled(source))
     case = Case(classification(), SGD(lr=0.1))
-    steps = run(case, T1T2, problem, horizon=3, n_outer_steps=4, evaluate=Retrain(7), evaluate_every=1,
-                outer_optimizer=outer_sgd(1e-12))  # fmt: skip
+    settings = {"horizon": 3, "n_outer_steps": 4, "evaluate": Retrain(7), "evaluate_every": 1}
+    steps = run(case, T1T2, problem, outer_optimizer=outer_sgd(1e-12), **settings)
     losses = [step.evaluation.scores["loss"] for step in steps]
     assert losses == pytest.approx([losses[0]] * 5, rel=1e-9)
 

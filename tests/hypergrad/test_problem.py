@@ -54,18 +54,21 @@ class Reassigned(nn.Module):
         return self.w * self.n_calls
 
 
+def squares(module, x):
+    """The mean square of what the module makes of ``x`` is both losses."""
+
+    def loss(model, alpha, batch):
+        return model(batch).square().mean()
+
+    return BilevelProblem(model=module, train_loss=loss, val_loss=loss, train_batches=x, val_batches=x)
+
+
 @pytest.mark.parametrize("root_in_eval", [False, True])
 def test_running_statistics_are_carried_and_never_written_into_the_callers(root_in_eval):
     module = nn.Sequential(nn.BatchNorm1d(2).double())
     module.training = not root_in_eval  # the child stays in training mode, as when a user freezes all but one part
     x = torch.tensor([[0.0, 2.0], [2.0, 4.0]]).double()
-    problem = BilevelProblem(
-        model=module,
-        train_loss=lambda model, alpha, batch: model(batch).square().mean(),
-        val_loss=lambda model, alpha, batch: model(batch).square().mean(),
-        train_batches=x,
-        val_batches=x,
-    )
+    problem = squares(module, x)
     buffers = problem.initial_buffers
     before = clone(buffers.items())
     for mean in (x.mean(0) * 0.1, x.mean(0) * 0.19):  # 10% of the way, then 10% of what is left
@@ -126,13 +129,7 @@ class Tied(nn.Module):
 )
 def test_its_state_dict_loads_into_the_users_module(module, n_features):
     x = torch.linspace(-1, 1, 4 * n_features).double().reshape(4, n_features)
-    problem = BilevelProblem(
-        model=module,
-        train_loss=lambda model, alpha, batch: model(batch).square().mean(),
-        val_loss=lambda model, alpha, batch: model(batch).square().mean(),
-        train_batches=x,
-        val_batches=x,
-    )
+    problem = squares(module, x)
     parameters = {name: p + 0.3 for name, p in problem.initial_parameters.items()}
     buffers = {name: b + 1 for name, b in problem.initial_buffers.items()}
     loaded = copy.deepcopy(module).eval()
