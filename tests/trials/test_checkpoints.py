@@ -122,10 +122,14 @@ class TestProcesses:
 
 
 class Fuse:
-    """A storage and a store in which a kill comes after so many of their operations; a write of a file has a middle."""
+    """A storage and a store in which a kill comes after so many of the operations that a resumption depends on.
+
+    Those are on checkpoints, and the commit of the refined value; a write of a file has a middle.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.left = 10**9
+        self.killed_after: str | None = None
         self.storage = InMemoryStorage()
         self.store = FileSystemArtifactStore(folder)
         for part, method in (
@@ -136,25 +140,27 @@ class Fuse:
             setattr(part, method, functools.partial(self._around, getattr(part, method)))
         self._write, self.store.write = self.store.write, self._write_in_parts  # type: ignore[method-assign]
 
-    def burn(self) -> None:
+    def burn(self, operation: str) -> None:
         self.left -= 1
         if self.left == 0:
+            self.killed_after = operation
             raise Killed
 
     def _around(self, operation: Callable[..., None], *arguments: Any) -> None:
-        self.burn()
         operation(*arguments)
-        self.burn()
+        if ATTRIBUTE in arguments or "lr" in arguments or str(arguments[0]).startswith(checkpoints.PREFIX):
+            self.burn(operation.__name__)
 
     def _write_in_parts(self, name: str, content: Any) -> None:
         whole = content.read()
-        for part in (whole[:0], whole[: len(whole) // 2], whole):
-            self.burn()
-            self._write(name, io.BytesIO(part))
-        self.burn()
+        if name.startswith(checkpoints.PREFIX):
+            self._write(name, io.BytesIO(whole[: len(whole) // 2]))
+            self.burn("half a write")
+        self._around(self._write, name, io.BytesIO(whole))
 
 
-SMALL = {"n_outer_steps": 2, "evaluate_every": 2, "horizon": 1}
+OPERATIONS = {"set_trial_system_attr", "set_trial_param", "half a write", "write", "remove"}
+SMALL = {"n_outer_steps": 3, "evaluate_every": 3, "horizon": 1}
 
 
 class TestKillsAtAnyMoment:
@@ -162,6 +168,7 @@ class TestKillsAtAnyMoment:
         """At every single operation, the last ones of the trial among them, and once more while it is going on."""
         expected = undisturbed(0.1, objective=problems.refine, **SMALL)
         survived: list[int | None] = []
+        killed_after: list[str | None] = []
         for n in range(1, 10**9):
             fuse = Fuse(folder)
             study = study_on(fuse.storage)
@@ -172,8 +179,9 @@ class TestKillsAtAnyMoment:
                 break
             except Killed:
                 survived.append(self.checkpoint(study, folder))
+                killed_after.append(fuse.killed_after)
             requeue(study)
-            fuse.left = 1 + 7 * n % 31
+            fuse.left = 1 + 7 * n % 13
             try:
                 trial = run(study, fuse.store, objective=problems.refine, **SMALL)
             except Killed:
@@ -184,10 +192,11 @@ class TestKillsAtAnyMoment:
             assert_same(trial, expected)
             assert left(folder) == []
             assert trial.system_attrs[ATTRIBUTE] is None
-        assert n > 30  # kills have been tried
+        assert len(killed_after) > 15
+        assert set(killed_after) == OPERATIONS
         made = [outer_step for outer_step in survived if outer_step is not None]
         assert made == sorted(made)
-        assert set(survived) == {None, 0, 1}
+        assert set(survived) == {None, 0, 1, 2}
 
     @staticmethod
     def checkpoint(study: optuna.Study, folder: Path) -> int | None:
