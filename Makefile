@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test soak lint format bench clean
 
 help:  ## Say what there is.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -21,6 +21,9 @@ demo: $(INSTALLED)  ## Compare defaults, TPE and TPE + greedy on digits with cor
 
 test: $(INSTALLED)  ## Run the tests.
 	$(BIN)/python -m pytest
+
+soak: $(INSTALLED)  ## Kill fifty workers of a study at random, on sqlite and on PostgreSQL each; some minutes.
+	GREEDYHG_SOAK_KILLS=50 $(BIN)/python -m pytest tests/trials/test_soak.py
 
 lint: $(INSTALLED)  ## Check style and types.
 	$(BIN)/ruff check .
