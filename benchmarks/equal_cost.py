@@ -21,7 +21,8 @@ import optuna
 import torch
 
 from optuna_greedyhg.tasks import make_task
-from optuna_greedyhg.tasks.comparison import DEFAULTS, TPE, TPE_GREEDY, compare
+from optuna_greedyhg.tasks.comparison import TPE, TPE_GREEDY, compare_with_refined
+from optuna_greedyhg.tasks.methods import DEFAULTS
 
 SCORES = ("val_loss", "test_loss", "test_accuracy", "cost", "seconds", "weight_clean", "weight_corrupted")
 
@@ -47,7 +48,8 @@ def run(task: str, seed: int, n_trials: int) -> dict[str, Any]:
     """One seed's rows, by method."""
     start = time.perf_counter()
     storage = optuna.storages.InMemoryStorage()
-    comparison = compare(make_task(task, seed=seed), storage=storage, prefix="", seed=seed, n_trials=n_trials)
+    task_of_seed = make_task(task, seed=seed)
+    comparison = compare_with_refined(task_of_seed, storage=storage, prefix="", seed=seed, n_trials=n_trials)
     rows = {summary.name: summary.as_json() for summary in comparison.summaries}
     shown = ", ".join(f"{name} {row['test_accuracy']:.3f}" for name, row in rows.items())
     print(f"seed {seed}: test accuracy {shown} ({time.perf_counter() - start:.0f} s)", flush=True)

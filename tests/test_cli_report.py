@@ -11,7 +11,7 @@ import pytest
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 
 from optuna_greedyhg.cli import main
-from optuna_greedyhg.cli.report import shown
+from optuna_greedyhg.cli.storages import shown
 from optuna_greedyhg.report.dashboard import ARROWS, HISTORY
 from tests.report.studies import finished, refined, study_of
 from tests.trials.storages import database

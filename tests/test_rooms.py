@@ -14,12 +14,13 @@ HYPERGRAD = sorted(PACKAGE.glob("hypergrad/**/*.py"))
 
 ROOMS = ("hypergrad", "trials", "report", "tasks", "cli")
 FLOORS = (
-    {"trees", "cost", "peak_memory"},
+    {"trees", "cost", "clock", "peak_memory"},
     {"domains", "randomness"},
     {"batches"},
     {"problem", "update_rules"},
     {"episodes"},
     {"products"},
+    {"prices"},
     {"curvature"},
     {"propagators"},
     {"spectral"},

@@ -1,4 +1,4 @@
-"""The command line: ``greedyhg demo``, ``run``, ``audit``, ``report``, ``tasks``."""
+"""The command line: ``greedyhg demo``, ``run``, ``audit``, ``compare``, ``report``, ``tasks``."""
 
 from optuna_greedyhg.cli.commands import main
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import warnings
@@ -17,13 +16,12 @@ import optuna
 import torch
 import typer
 from optuna.artifacts import FileSystemArtifactStore
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, Trial, TrialState
 from rich.console import Console
 
 from optuna_greedyhg.cli.audit import audit
+from optuna_greedyhg.cli.compare import compare
 from optuna_greedyhg.cli.console import StudyProgress, summary_table
 from optuna_greedyhg.cli.options import (
     Data,
@@ -34,6 +32,7 @@ from optuna_greedyhg.cli.options import (
     Seed,
     TaskOption,
     load_task,
+    require_folder,
     require_writable,
     write_json,
 )
@@ -47,9 +46,10 @@ from optuna_greedyhg.report.dashboard import publish
 from optuna_greedyhg.report.page import write_report
 from optuna_greedyhg.report.summary import summarize
 from optuna_greedyhg.tasks import TASKS, DataError, DigitsCleaning, make_objective
-from optuna_greedyhg.tasks.comparison import compare
+from optuna_greedyhg.tasks.comparison import compare_with_refined
+from optuna_greedyhg.tasks.methods import SAMPLERS
+from optuna_greedyhg.tasks.spending import OtherStudyError, open_study
 from optuna_greedyhg.trials.refine import Callback
-from optuna_greedyhg.trials.sampler import GreedyHGSampler
 
 USAGE = 2
 INTERRUPTED = 130  # which typer makes of a Ctrl-C
@@ -62,19 +62,7 @@ app = typer.Typer(
 )
 
 
-class SamplerName(StrEnum):
-    """The samplers that draw seeds."""
-
-    TPE = "tpe"
-    RANDOM = "random"
-    GP = "gp"
-    CMAES = "cmaes"
-
-    def make(self, seed: int) -> BaseSampler:
-        """A new sampler with this seed."""
-        makers = {"tpe": TPESampler, "random": RandomSampler, "gp": GPSampler, "cmaes": CmaEsSampler}
-        sampler: BaseSampler = makers[self.value](seed=seed)
-        return sampler
+SamplerName = StrEnum("SamplerName", {name.upper(): name for name in SAMPLERS})  # type: ignore[misc]
 
 
 class EstimatorName(StrEnum):
@@ -115,7 +103,7 @@ def demo(
     console = Console(quiet=quiet)
     require_writable(report, "--report")
     require_writable(json_file, "--json")
-    _require_folder(artifacts, "--artifacts")
+    require_folder(artifacts, "--artifacts")
     with optuna_silenced(), storage_errors(storage):
         opened = open_storage(storage)
         prefix = _unused_prefix(opened, f"demo-{DigitsCleaning.name}")
@@ -125,7 +113,7 @@ def demo(
     task = DigitsCleaning(seed)
     console.print(f"[bold]{task.name}[/bold]: {task.summary}.")
     with optuna_silenced(), StudyProgress(console) as progress:
-        comparison = compare(
+        comparison = compare_with_refined(
             task,
             storage=opened,
             prefix=prefix,
@@ -157,7 +145,7 @@ def demo(
 @app.command()
 def run(
     task: TaskOption,
-    sampler: Annotated[SamplerName, typer.Option(help="Draws the seeds.")] = SamplerName.TPE,
+    sampler: Annotated[SamplerName, typer.Option(help="Draws the seeds.")] = SamplerName["TPE"],
     estimator: Annotated[EstimatorName, typer.Option(help="Estimates hypergradients.")] = EstimatorName.GREEDY,
     n_trials: Annotated[int, typer.Option(min=1, help="Number of trials to add to the study.")] = 10,
     storage: Annotated[str | None, typer.Option(help="URL of the storage; in memory by default.")] = None,
@@ -179,7 +167,7 @@ def run(
     console = Console(quiet=quiet)
     name = task.value
     require_writable(json_file, "--json")
-    _require_folder(artifacts, "--artifacts")
+    require_folder(artifacts, "--artifacts")
     problem = load_task(name, seed=seed, device=device, data=data)
     settings = replace(
         problem.settings,
@@ -233,6 +221,7 @@ def _stop_after(seconds: float) -> Callback:
 
 
 app.command()(audit)
+app.command()(compare)
 app.command()(report)
 
 
@@ -272,23 +261,10 @@ def _open_study(
     storage: BaseStorage, study_name: str | None, sampler: SamplerName, identity: dict[str, Any]
 ) -> optuna.Study:
     """Creates the study, or loads it, if it is one of the same task and data."""
-    study = optuna.create_study(
-        storage=storage, study_name=study_name, load_if_exists=True, pruner=optuna.pruners.MedianPruner()
-    )
-    n_trials = len(study.get_trials(deepcopy=False))
-    recorded = {key: study.user_attrs.get(key) for key in identity}
-    if study.directions != [StudyDirection.MINIMIZE] or (n_trials > 0 and recorded != identity):
-        directions = [direction.name.lower() for direction in study.directions]
-        raise typer.BadParameter(
-            f"the study {study_name!r} is another one ({directions}, {recorded}), whose values do not compare with "
-            f"those of {identity}; choose another name",
-            param_hint="--study-name",
-        )
-    for key, value in identity.items():
-        study.set_user_attr(key, value)
-    # A sampler that starts again from the same seed would draw the same seeds again.
-    study.sampler = GreedyHGSampler(sampler.make((identity["task_seed"] + n_trials) % 2**32))
-    return study
+    try:
+        return open_study(storage, study_name, SAMPLERS[sampler], identity, identity["task_seed"])
+    except OtherStudyError as error:
+        raise typer.BadParameter(str(error), param_hint="--study-name") from error
 
 
 def _open_artifacts(folder: Path | None) -> FileSystemArtifactStore | None:
@@ -296,17 +272,6 @@ def _open_artifacts(folder: Path | None) -> FileSystemArtifactStore | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     return FileSystemArtifactStore(folder)
-
-
-def _require_folder(folder: Path | None, option: str) -> None:
-    """Refuses a folder that is not there and cannot be made, without making it."""
-    if folder is None:
-        return
-    present = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not present.is_dir() or not os.access(present, os.W_OK):
-        raise typer.BadParameter(
-            f"cannot make the folder {folder}: {present} is not a writable folder", param_hint=option
-        )
 
 
 def _unused_prefix(storage: BaseStorage, stem: str) -> str:

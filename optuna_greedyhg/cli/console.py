@@ -9,12 +9,17 @@ from types import TracebackType
 from optuna.trial import BaseTrial
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from optuna_greedyhg.hypergrad.audit import AuditRow
 from optuna_greedyhg.hypergrad.descent import OuterStep
+from optuna_greedyhg.report.comparison import Statistics
 from optuna_greedyhg.report.summary import MethodSummary
+from optuna_greedyhg.report.wording import against_cells, shown_scores, spread_lines
+
+_SHORT = {"val_loss": "val loss", "test_loss": "test loss", "test_accuracy": "test acc."}
 
 
 class StudyProgress:
@@ -103,6 +108,38 @@ def audit_table(rows: Sequence[AuditRow]) -> Table:
             _number(None if row.peak_bytes is None else row.peak_bytes / 1e6, ",.2f"),
             _number(None if row.cost is None else row.cost.total / 1000, ",.0f"),
         )
+    return table
+
+
+def scores_table(statistics: Statistics) -> Table:
+    """Rows of a method for each score, with its median, quartiles, mean and confidence interval over seeds."""
+    table = _table(f"Over {statistics.n_seeds} seeds, at the best by validation loss within the budget")
+    table.add_column("method", no_wrap=True, vertical="bottom")
+    table.add_column("score", no_wrap=True, vertical="bottom")
+    for column in (r"median \[quartiles]", "mean ± 95%", "trials", "time (s)"):
+        table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
+    for row in statistics.rows:
+        low, high = row.n_trials
+        once = [
+            f"{low}" if low == high else f"{low}–{high}",
+            _number(row.seconds.median, ",.1f"),
+        ]
+        for k, score in enumerate(shown_scores(statistics)):
+            found = (escape(words) for words in spread_lines(score, row.scores[score]))
+            table.add_row("" if k else row.name, _SHORT[score], *found, *([] if k else once))
+    return table
+
+
+def against_table(statistics: Statistics) -> Table:
+    """Rows of a method for each score: how it does against the reference, seed by seed."""
+    table = _table(f"Against {statistics.reference}, seed by seed")
+    table.add_column("method", no_wrap=True, vertical="bottom")
+    table.add_column("score", no_wrap=True, vertical="bottom")
+    for column in ("won/tied/lost", "difference ± 95%", "p", "Wilcoxon's p"):
+        table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
+    for row in statistics.rows:
+        for k, score in enumerate(shown_scores(statistics) if row.against else ()):
+            table.add_row("" if k else row.name, _SHORT[score], *against_cells(score, row))
     return table
 
 

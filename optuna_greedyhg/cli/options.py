@@ -55,6 +55,17 @@ def require_writable(path: Path | None, option: str) -> None:
         raise typer.BadParameter(f"cannot write {path}; name a file in a folder that exists", param_hint=option)
 
 
+def require_folder(folder: Path | None, option: str) -> None:
+    """Refuses a folder that is not there and cannot be made, without making it."""
+    if folder is None:
+        return
+    present = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not present.is_dir() or not os.access(present, os.W_OK):
+        raise typer.BadParameter(
+            f"cannot make the folder {folder}: {present} is not a writable folder", param_hint=option
+        )
+
+
 def write_json(path: Path | None, content: dict[str, Any]) -> None:
     """Writes the results, if the user has asked for them."""
     if path is not None:

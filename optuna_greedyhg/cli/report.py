@@ -12,7 +12,7 @@ from sqlalchemy.engine import make_url
 
 from optuna_greedyhg.cli.console import summary_table
 from optuna_greedyhg.cli.options import JsonFile, Quiet, require_writable, write_json
-from optuna_greedyhg.cli.storages import open_storage, optuna_silenced, storage_errors
+from optuna_greedyhg.cli.storages import open_storage, optuna_silenced, shown, storage_errors
 from optuna_greedyhg.report.browser import VARIABLE, find_browser, write_png
 from optuna_greedyhg.report.dashboard import publish
 from optuna_greedyhg.report.page import write_report
@@ -82,8 +82,3 @@ def _load(url: str, names: list[str] | None) -> dict[str, optuna.Study]:
     folder = names[0][: names[0].rfind("/") + 1]
     shared = folder if len(names) > 1 and all(name.startswith(folder) for name in names) else ""
     return {name.removeprefix(shared): optuna.load_study(study_name=name, storage=opened) for name in names}
-
-
-def shown(url: str) -> str:
-    """The URL of a storage, without its password."""
-    return make_url(url).render_as_string(hide_password=True)

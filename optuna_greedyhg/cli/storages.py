@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import optuna
 import typer
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from sqlalchemy.engine import make_url
 
 
 @contextmanager
@@ -47,3 +48,8 @@ def optuna_silenced() -> Iterator[None]:
         optuna.logging.set_verbosity(verbosity)
         for handler in handlers:
             handler.removeFilter(is_no_interrupt)
+
+
+def shown(url: str) -> str:
+    """The URL of a storage, without its password."""
+    return make_url(url).render_as_string(hide_password=True)

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
@@ -31,6 +29,7 @@ from torch import Tensor
 
 from optuna_greedyhg.hypergrad import trees
 from optuna_greedyhg.hypergrad.batches import Batch, Stream
+from optuna_greedyhg.hypergrad.clock import side_by_side
 from optuna_greedyhg.hypergrad.cost import Cost
 from optuna_greedyhg.hypergrad.domains import Hyperparameter, to_coordinates
 from optuna_greedyhg.hypergrad.estimators import Estimator, Fixed, Folded, Reverse, fold
@@ -149,7 +148,8 @@ class HypergradientAudit:
             folded = _in_float64(self._window(estimator, carried, cost).estimate)
             estimate = {group: folded[group] for group in exact}  # in this order
             cost = _since(before, cost)
-            plain, seconds = self._seconds(lambda: self._window(Fixed()), lambda: self._window(estimator, carried))
+            timed = [lambda: self._window(Fixed()), lambda: self._window(estimator, carried)]
+            plain, seconds = side_by_side(timed, self.problem.device, self.n_repeats)
             n_bytes = peak_bytes(lambda: self._window(estimator, self._warmed(estimator, Cost())), self.problem.device)
             row = AuditRow(
                 name,
@@ -225,11 +225,6 @@ class HypergradientAudit:
             path.val_batches.extend(islice(problem.val_stream(), len(path.recipes)))
         return path
 
-    def _seconds(self, *functions: Callable[[], object]) -> list[float]:
-        """The median time of each; in turns, as what else the machine does changes from one second to the next."""
-        times = [[_seconds_of(function, self.problem.device) for function in functions] for _ in range(self.n_repeats)]
-        return [statistics.median(of_one) for of_one in zip(*times, strict=True)]
-
 
 class _Path(NamedTuple):
     """The end of plain training: the horizons to warm up, and the window."""
@@ -238,19 +233,6 @@ class _Path(NamedTuple):
     starts: list[TrainState]  # of every horizon
     recipes: list[StepRecipe]  # of all their steps
     val_batches: list[Batch]  # likewise
-
-
-def _seconds_of(function: Callable[[], object], device: torch.device) -> float:
-    _wait_for(device)
-    start = time.perf_counter()
-    function()
-    _wait_for(device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _since(before: Cost, after: Cost) -> Cost:

@@ -25,7 +25,7 @@ class Cost:
     @property
     def total(self) -> float:
         """One number, in gradients of one example: a product counts as one, an evaluation as a third."""
-        return self.n_train_gradients + self.n_val_gradients + self.n_products + self.n_evaluations / 3
+        return Prices().of(self)
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -33,4 +33,25 @@ class Cost:
             self.n_val_gradients + other.n_val_gradients,
             self.n_products + other.n_products,
             self.n_evaluations + other.n_evaluations,
+        )
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What one example costs in each kind of pass, where one in a training gradient costs 1.
+
+    The defaults count passes, and are the same on every machine; ``measured_prices`` times them on a problem.
+    """
+
+    val_gradient: float = 1.0
+    product: float = 1.0
+    evaluation: float = 1 / 3
+
+    def of(self, cost: Cost) -> float:
+        """The cost as one number, in training gradients of one example."""
+        return (
+            cost.n_train_gradients
+            + self.val_gradient * cost.n_val_gradients
+            + self.product * cost.n_products
+            + self.evaluation * cost.n_evaluations
         )

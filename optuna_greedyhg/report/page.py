@@ -1,14 +1,10 @@
-"""One HTML page about some studies, which needs nothing else: no other file, no network, no server.
-
-The page's content security policy makes the browser see to that, whatever plotly.js has in it.
-"""
+"""One HTML page about some studies: what they found at what cost, and how."""
 
 from __future__ import annotations
 
 import html
 import os
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 
 import optuna
@@ -24,12 +20,10 @@ from optuna_greedyhg.report.figures import (
 )
 from optuna_greedyhg.report.files import write_whole
 from optuna_greedyhg.report.history import history, was_refined
+from optuna_greedyhg.report.html import figure_html, whole_page
 from optuna_greedyhg.report.summary import MethodSummary
 from optuna_greedyhg.report.table import summary_table
 from optuna_greedyhg.report.trajectory import course_of
-
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-_CONFIG = {"displayModeBar": False, "responsive": True}
 
 
 def write_report(
@@ -80,24 +74,16 @@ def _page(
     footer: str,
 ) -> str:
     colors = theme.colors(studies)
-    paragraphs = [text.strip() for text in intro.split("\n\n") if text.strip()]
-    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(text)}</p>" for text in paragraphs)]
+    parts = []
     if summaries:
         parts += ["<h2>Summary</h2>", summary_table(summaries, colors), _TABLE_NOTE]
     parts += [
         "<h2>What was found at what cost</h2>",
-        _figure("history", _history(studies), _HISTORY_CAPTION, with_plotly=True),
+        figure_html("history", _history(studies), _HISTORY_CAPTION, with_plotly=True),
     ]
     for k, (name, study) in enumerate(studies.items()):
         parts += _refinement(k, name, study, colors[name], alone=len(studies) == 1)
-    if footer:
-        parts.append(f"<footer>{html.escape(footer)}</footer>")
-    return _SHELL.format(
-        title=html.escape(title),
-        policy=_POLICY,
-        css=resources.files("optuna_greedyhg.report").joinpath("page.css").read_text(encoding="utf-8"),
-        body="\n".join(parts),
-    )
+    return whole_page(title, intro, parts, footer)
 
 
 def _history(studies: Mapping[str, optuna.Study]) -> go.Figure:
@@ -118,13 +104,13 @@ def _refinement(k: int, name: str, study: optuna.Study, color: str, *, alone: bo
     which = f"Trial {trial.number}, {'the best one' if trial is best else trial.state.name.lower()}"
     swatch = f'<span class="swatch" style="background: {color}"></span>'
     is_mixed = len({was_refined(point.trial) for point in points}) > 1
-    split = [] if alone or not is_mixed else [_figure(f"kinds-{k}", refined_and_not(study), _KINDS_CAPTION)]
+    split = [] if alone or not is_mixed else [figure_html(f"kinds-{k}", refined_and_not(study), _KINDS_CAPTION)]
     return [
         f"<h2>{swatch}{html.escape(name)}: from seed to refined</h2>",
         *split,
         '<div class="pair">',
-        _figure(f"trajectory-{k}", alpha_trajectories(trial, color=color), f"{which}: {_TRAJECTORY_CAPTION}"),
-        _figure(f"arrows-{k}", seed_to_refined(study, color=color), _ARROWS_CAPTION),
+        figure_html(f"trajectory-{k}", alpha_trajectories(trial, color=color), f"{which}: {_TRAJECTORY_CAPTION}"),
+        figure_html(f"arrows-{k}", seed_to_refined(study, color=color), _ARROWS_CAPTION),
         "</div>",
     ]
 
@@ -132,18 +118,6 @@ def _refinement(k: int, name: str, study: optuna.Study, color: str, *, alone: bo
 def _has_moved(trial: FrozenTrial) -> bool:
     course = course_of(trial)
     return course is not None and len(course.steps) > 1
-
-
-def _figure(name: str, figure: go.Figure, caption: str, *, with_plotly: bool = False) -> str:
-    """The figure in HTML; the first one of a page brings plotly.js along. Without a name, plotly makes up one a run."""
-    content = figure.to_html(
-        full_html=False,
-        include_plotlyjs=with_plotly,
-        config=_CONFIG,
-        default_height=f"{figure.layout.height}px",
-        div_id=name,
-    )
-    return f"<figure>{content}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
 _TABLE_NOTE = (
@@ -160,19 +134,3 @@ _ARROWS_CAPTION = (
     "Each arrow is a trial: from the sampler’s seed to the refined value, at the height of its score. Rings did not "
     "move. Faint: pruned."
 )
-
-_SHELL = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{css}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""

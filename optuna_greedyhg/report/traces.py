@@ -92,14 +92,14 @@ def line(x: Sequence[float | None], y: Sequence[float | None], color: str, **set
     return go.Scatter(x=x, y=y, **{**style, **settings})
 
 
-def band(x: Column, low: Column, median: Column, high: Column, color: str) -> list[go.Scatter]:
+def band(x: Column, low: Column, median: Column, high: Column, color: str, opacity: float = 0.22) -> list[go.Scatter]:
     """A line of medians in a band between two quantiles."""
     red, green, blue = (int(color[k : k + 2], 16) for k in (1, 3, 5))
     edge = {"line_width": 0, "hoverinfo": "skip", "hovertemplate": None}
     words = "%{y:.4g}, from %{customdata[0]:.4g} to %{customdata[1]:.4g}<extra></extra>"
     return [
         line(x, low, color, **edge),
-        line(x, high, color, **edge, fill="tonexty", fillcolor=f"rgba({red}, {green}, {blue}, 0.22)"),
+        line(x, high, color, **edge, fill="tonexty", fillcolor=f"rgba({red}, {green}, {blue}, {opacity})"),
         line(x, median, color, customdata=list(zip(low, high, strict=True)), hovertemplate=words),
     ]
 

@@ -14,8 +14,8 @@ User attributes, flat so that the dashboard can sort by them; a number that is n
     tensors, tensors_artifact       the names of α's tensors, and the id of the artifact that holds them
 
 The trajectory, which plots are made of, is a *system* attribute: it would make a page of the dashboard very wide. So
-are the ranges that seeds were drawn from, until they are those of the trial's parameters, and where the checkpoint is
-(see ``checkpoints``).
+are the improvements, which say what had been found at what cost, the ranges that seeds were drawn from, until they are
+those of the trial's parameters, and where the checkpoint is (see ``checkpoints``).
 
 Tensors are too large for a storage's attributes. They go to an artifact, a file of ``torch.save`` that is loaded with
 ``weights_only=True``: ``{"version": 1, "seed": {name: tensor}, "refined": {...}, "weights": {...}}``; the weights are
@@ -29,7 +29,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -41,6 +41,7 @@ from optuna.trial import BaseTrial, FrozenTrial, Trial
 from torch import Tensor
 
 from optuna_greedyhg.hypergrad.cost import Cost
+from optuna_greedyhg.hypergrad.evaluation import Evaluation
 from optuna_greedyhg.trials.outages import outlast
 
 # Optuna has no public name for what all artifact stores have in common.
@@ -50,6 +51,7 @@ SEED, REFINED, COST = "seed_", "refined_", "cost_"
 INHERITED_FROM, RESUMED_FROM = "inherited_from", "resumed_from"
 TRAJECTORY_COLUMNS = ("outer_step", "value", "val_loss", "hypergradient_norm")
 _TRAJECTORY = "greedyhg:trajectory"
+_IMPROVEMENTS = "greedyhg:improvements"
 _RANGE = "greedyhg:range:"
 _TENSORS, _TENSORS_ARTIFACT = "tensors", "tensors_artifact"
 _VERSION = 1
@@ -163,18 +165,46 @@ class Trajectory:
 
 def write_trajectory(trial: BaseTrial, trajectory: Trajectory) -> None:
     """Writes the columns. A trial without a storage keeps none, and one whose storage finds them too long neither."""
-    if not isinstance(trial, Trial):
-        return
-    try:
-        # As Optuna's own artifacts and the dashboard's notes do; Trial has no public way to its system attributes.
-        outlast(trial.storage.set_trial_system_attr, trial._trial_id, _TRAJECTORY, trajectory.columns())
-    except Exception as error:  # whatever a database may raise
-        _logger.warning(f"Trial {trial.number}: its trajectory could not be stored, and is lost: {error!r}")
+    _write_hidden(trial, _TRAJECTORY, trajectory.columns(), "trajectory")
 
 
 def read_trajectory(trial: FrozenTrial) -> Any:
     """What ``write_trajectory`` has written; ``None`` if nothing."""
     return trial.system_attrs.get(_TRAJECTORY)
+
+
+def improvement(outer_step: int, best: Evaluation, cost: Cost, seconds: float) -> Row:
+    """What a trial had found, and what it had spent, when an evaluation was its best so far."""
+    return {
+        "outer_step": outer_step,
+        "seconds": seconds,
+        **asdict(cost),
+        **{f"val_{name}": score for name, score in best.scores.items()},
+        **{f"test_{name}": score for name, score in best.test_scores.items()},
+    }
+
+
+def write_improvements(trial: BaseTrial, improvements: Sequence[Row]) -> None:
+    """Writes them, each a row of :func:`improvement`, in their order; a hundred at most, the first and the last among
+    them. The numbers are not rounded."""
+    kept = [improvements[k] for k in _thinned(range(len(improvements)))]
+    _write_hidden(trial, _IMPROVEMENTS, plain(kept), "improvements")
+
+
+def read_improvements(trial: FrozenTrial) -> list[Row]:
+    """What ``write_improvements`` has written; nothing, if nothing."""
+    rows: list[Row] = trial.system_attrs.get(_IMPROVEMENTS, [])
+    return rows
+
+
+def _write_hidden(trial: BaseTrial, key: str, content: Any, what: str) -> None:
+    if not isinstance(trial, Trial):
+        return
+    try:
+        # As Optuna's own artifacts and the dashboard's notes do; Trial has no public way to its system attributes.
+        outlast(trial.storage.set_trial_system_attr, trial._trial_id, key, content)
+    except Exception as error:  # whatever a database may raise
+        _logger.warning(f"Trial {trial.number}: its {what} could not be stored, and is lost: {error!r}")
 
 
 def write_tensors(

@@ -217,6 +217,7 @@ class _Recorder:
         self._artifact_store = artifact_store
         self._checkpoints = checkpoints
         self._trajectory = records.Trajectory()
+        self._improvements: list[records.Row] = []
         self._achieved: Achieved | None = None
         self._reports: dict[int, float] = {}
         self._known: frozenset[int] = frozenset()  # outer steps that the trial was queued with
@@ -238,6 +239,7 @@ class _Recorder:
         checkpoint = self._checkpoints.load(queued)
         if checkpoint is not None:
             self._trajectory = records.Trajectory(checkpoint["trajectory"])
+            self._improvements = list(checkpoint["improvements"])
             self._achieved = achieved_at(checkpoint["resume_point"])
             self.start -= checkpoint["seconds"]
             for outer_step, value in checkpoint["reports"].items():
@@ -251,6 +253,7 @@ class _Recorder:
         """What ``resume`` needs of a checkpoint, but for the resume point."""
         return {
             "trajectory": self._trajectory.rows,
+            "improvements": list(self._improvements),
             "reports": self._reports,
             "seconds": time.perf_counter() - self.start,
         }
@@ -263,6 +266,9 @@ class _Recorder:
             step.index, score, step.values, val_loss=step.val_loss, hypergradient_norm=step.hypergradient_norm
         )
         if step.evaluation is not None:
+            if step.evaluation is step.best:
+                seconds = time.perf_counter() - self.start
+                self._improvements.append(records.improvement(step.index, step.best, step.cost, seconds))
             self._report(step.index, self.value)
 
     def _report(self, outer_step: int, value: float) -> None:
@@ -312,6 +318,7 @@ class _Recorder:
             },
         )
         records.write_trajectory(self._trial, self._trajectory)
+        records.write_improvements(self._trial, self._improvements)
         is_tensor = set(best.values) - set(refined)
         inits = {name: h.init for name, h in self._alpha.hyperparameters.items()}
         online = isinstance(self._options.protocol, Online)

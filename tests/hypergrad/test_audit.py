@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from optuna_greedyhg.hypergrad import audit, evaluation, randomness
+from optuna_greedyhg.hypergrad import audit, clock, evaluation, randomness
 from optuna_greedyhg.hypergrad.audit import AuditRow, DivergedError, HypergradientAudit
 from optuna_greedyhg.hypergrad.cost import Cost
 from optuna_greedyhg.hypergrad.estimators import (
@@ -305,11 +305,11 @@ class TestTheWindow:
 
 class TestPrice:
     def test_seconds_are_the_median_and_relative_to_plain_training(self, monkeypatch):
-        clock = [0.0]
-        monkeypatch.setattr(audit.time, "perf_counter", lambda: clock[0])
+        now = [0.0]
+        monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
 
         def train_loss(model, alpha, _):
-            clock[0] += 1.0  # a step's gradient
+            now[0] += 1.0  # a step's gradient
             return 0.5 * ((model() - alpha["target"]) ** 2).sum()
 
         sweeps = iter([1000.0, 3.0, 50.0, 4.0, 1000.0])  # the first is for the estimate, the last for memory
@@ -317,7 +317,7 @@ class TestPrice:
         @dataclass(frozen=True)
         class Slow(Fixed):
             def estimate(self, memory, end):
-                clock[0] += next(sweeps)
+                now[0] += next(sweeps)
                 return memory
 
         row = row_of(Slow(), Case(replace(toy(), train_loss=train_loss), SGD(lr=0.1)), n_repeats=3)

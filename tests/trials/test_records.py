@@ -54,6 +54,19 @@ def test_the_process_that_wrote_tensors_finds_them(store: optuna.artifacts.FileS
     assert ghg.refined_params(refined(store)).keys() == {"lr", "c"}
 
 
+def test_improvements_say_what_had_been_found_at_what_cost(store: optuna.artifacts.FileSystemArtifactStore) -> None:
+    spent: dict[int, int] = {}
+    trial = refined(store, callbacks=[lambda t, s: spent.update({s.index: s.cost.n_train_gradients})])
+    rows = records.read_improvements(trial)
+    bests = dict(trial.intermediate_values)
+    improving = [k for k in bests if k == 0 or bests[k] < min(bests[i] for i in bests if i < k)]
+    assert len(improving) > 1
+    assert [(row["outer_step"], row["val_loss"]) for row in rows] == [(k, bests[k]) for k in improving]
+    assert [row["n_train_gradients"] for row in rows] == [spent[k] for k in improving]
+    seconds = [row["seconds"] or 0.0 for row in rows]
+    assert 0 < seconds[0] < seconds[-1] <= trial.user_attrs["cost_seconds"]
+
+
 def test_weights_are_kept_where_they_are_the_result(store: optuna.artifacts.FileSystemArtifactStore) -> None:
     trial = refined(store, evaluate="online")
     model = problems.Weights()

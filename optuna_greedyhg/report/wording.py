@@ -1,0 +1,67 @@
+"""How the numbers of a comparison are put into words, on a page and in a terminal."""
+
+from __future__ import annotations
+
+import math
+
+from optuna_greedyhg.report.comparison import JUDGED_BY, LABELS, MethodRow, Statistics
+from optuna_greedyhg.report.statistics import LEVEL, Spread, alike, smallest_wilcoxon_p
+
+
+def shown_scores(statistics: Statistics) -> list[str]:
+    """The scores shown: validation accuracy, which chose nothing and judges nothing, is left to the file."""
+    return [score for score in statistics.rows[0].scores if score != "val_accuracy"]
+
+
+def spread_lines(score: str, x: Spread) -> tuple[str, str]:
+    """The median with the quartiles, and the mean with its confidence interval."""
+    quartiles = f"[{number(score, x.first_quartile)}, {number(score, x.third_quartile)}]"
+    return f"{number(score, x.median)} {quartiles}", f"{number(score, x.mean)} ± {number(score, x.half_width)}"
+
+
+def against_cells(score: str, row: MethodRow) -> list[str]:
+    """Wins, ties and losses of a method, the mean difference, and the p-values of both tests."""
+    paired = row.against[score]
+    return [
+        f"{paired.wins}/{paired.ties}/{paired.losses}",
+        f"{number(score, paired.mean_difference)} ± {number(score, paired.half_width)}",
+        p_value(row.p_corrected[score]),
+        p_value(paired.p_wilcoxon),
+    ]
+
+
+def against_note(statistics: Statistics) -> str:
+    """What the p-values are, and are not, with so few seeds."""
+    n = statistics.n_seeds
+    return (
+        f"Wins, ties and losses count seeds, of which there are {n}. The difference is the mean one, with its 95% "
+        "confidence interval by Student's t. p is that of the paired t-test, after Holm's correction for the number "
+        "of methods. Wilcoxon's signed-rank test, not corrected, cannot go below "
+        f"{smallest_wilcoxon_p(n):.3g} with {n} seeds."
+    )
+
+
+def ranking_note(statistics: Statistics) -> str:
+    """What the average ranks tell apart."""
+    ranking = statistics.ranking
+    ordered = sorted(ranking.average_ranks.items(), key=lambda item: item[1])
+    ranks = ", ".join(f"{name} {rank:.2f}" for name, rank in ordered)
+    friedman = "" if math.isnan(ranking.p_friedman) else f" Friedman's test: p = {p_value(ranking.p_friedman)}."
+    groups = " and ".join(", ".join(group) for group in alike(ranking))
+    return (
+        f"Average ranks by {LABELS[JUDGED_BY]} over {ranking.n_blocks} seeds: {ranks}.{friedman} Nemenyi's critical "
+        f"difference at the level {LEVEL} is {ranking.critical_difference:.2f}, which does not tell apart: "
+        f"{groups or 'none'}."
+    )
+
+
+def p_value(p: float) -> str:
+    """A p-value, or a dash where there is none."""
+    return "–" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def number(score: str, x: float) -> str:
+    """A score or a difference of scores, or a dash where there is none."""
+    if math.isnan(x):
+        return "–"
+    return (f"{100 * x:.1f}%" if score.endswith("accuracy") else f"{x:#.3g}").replace("-", "−")

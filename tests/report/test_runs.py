@@ -1,0 +1,119 @@
+"""Runs and their curves, read from studies made by hand."""
+
+import json
+from datetime import timedelta
+
+import pytest
+from optuna.trial import TrialState
+
+from optuna_greedyhg.hypergrad.cost import Cost, Prices
+from optuna_greedyhg.report.comparison import statistics_of
+from optuna_greedyhg.report.comparison_figures import anytime, average_ranks, quartiles
+from optuna_greedyhg.report.comparison_page import comparison_page
+from optuna_greedyhg.report.runs import Point, Run, run_of
+from tests.report.studies import HOSTILE, finished, study_of
+
+PRICES = Prices(val_gradient=0.5, product=2.0, evaluation=0.0)
+
+
+def row(loss, *, gradients, products=0, seconds=1.0, test=None):
+    counts = {"n_train_gradients": gradients, "n_val_gradients": 0, "n_products": products, "n_evaluations": 7}
+    return {"outer_step": 0, "seconds": seconds, **counts, "val_loss": loss, "test_loss": test}
+
+
+def trial(*rows, minute, state=TrialState.COMPLETE):
+    last = rows[-1]
+    value = None if state == TrialState.FAIL else last["val_loss"]
+    made = finished(value, state=state, minute=minute, cost=last["n_train_gradients"], cost_seconds=2.0)
+    made.user_attrs["cost_n_products"] = last["n_products"]
+    made.system_attrs["greedyhg:improvements"] = list(rows)
+    made.datetime_start = made.datetime_complete - timedelta(seconds=2.5)  # of which half a second drew the seed
+    return made
+
+
+def test_a_curve_adds_what_earlier_trials_have_cost():
+    first = trial(row(0.9, gradients=10, test=1.9), row(0.5, gradients=30, products=5, test=1.5), minute=1)
+    worse = trial(row(0.7, gradients=10), minute=2)
+    failed = trial(row(0.4, gradients=20, test=1.4), minute=3, state=TrialState.FAIL)
+    run = run_of(study_of(first, worse, failed), method="m", seed=3, prices=PRICES, budget=1000)
+    # Costs: 10; 30 + 2·5; (30 + 2·5) + 10 + 20. Seconds: those of the trials before, half a one, and one more.
+    assert [(p.cost, p.scores["val_loss"], p.scores["test_loss"]) for p in run.curve] == [
+        (10, 0.9, 1.9),
+        (40, 0.5, 1.5),
+        (70, 0.4, 1.4),
+    ]
+    assert [p.seconds for p in run.curve] == [1.5, 1.5, 6.5]
+    assert (run.n_trials, run.cost, run.seconds) == (3, 70, 7.5)
+    assert run.as_json()["best_value_curve"][1] == [40, 1.5, 0.5, 1.5]
+    assert run.as_json()["test_loss"] == 1.4
+
+
+def test_what_is_found_beyond_the_budget_does_not_count():
+    study = study_of(trial(row(0.9, gradients=10), row(0.5, gradients=30), minute=1))
+    assert run_of(study, method="m", seed=0, prices=PRICES, budget=29).score("val_loss") == 0.9
+    assert run_of(study, method="m", seed=0, prices=PRICES, budget=30).score("val_loss") == 0.5
+    assert run_of(study, method="m", seed=0, prices=PRICES, budget=9).curve == ()
+
+
+def test_values_that_are_missing_or_not_finite_are_no_improvement():
+    study = study_of(trial(row(None, gradients=10), row(0.5, gradients=20), minute=1), finished(0.1, minute=2))
+    (point,) = run_of(study, method="m", seed=0, prices=PRICES, budget=1000).curve
+    assert point.scores == {"val_loss": 0.5}
+
+
+def run(method, seed, *points):
+    curve = tuple(Point(cost, cost / 10, {"val_loss": y, "test_loss": y + 1}) for cost, y in points)
+    return Run(method, seed, 2, 100.0, 10.0, Cost(100), curve)
+
+
+RUNS = [
+    run("tpe", 0, (10, 0.8), (40, 0.6)),
+    run("tpe", 1, (20, 0.4)),
+    run(HOSTILE, 0, (10, 0.8), (30, 0.2)),
+    run(HOSTILE, 1, (10, 0.5), (25, 0.3)),
+]
+
+
+def test_curves_are_held_between_their_steps_and_begin_where_all_have_a_value():
+    x, low, median, high = quartiles(RUNS[:2], "cost", "val_loss", 100.0)
+    assert x == [20, 40, 100]
+    assert median == pytest.approx([0.6, 0.5, 0.5])
+    assert low == pytest.approx([0.5, 0.45, 0.45])
+    assert high == pytest.approx([0.7, 0.55, 0.55])
+    assert quartiles([*RUNS[:2], run("tpe", 2)], "cost", "val_loss", 100.0) == ([], [], [], [])
+    long = run("tpe", 0, *((k, 1 / k) for k in range(1, 1000)))
+    x, _, median, _ = quartiles([long], "cost", "val_loss", 2000.0)
+    assert len(x) == 200
+    assert (x[-1], median[-1]) == (2000.0, 1 / 999)
+
+
+def test_costs_are_drawn_in_full_trainings_and_names_are_plain_text():
+    figure = anytime({"tpe": RUNS[:2], HOSTILE: RUNS[2:]}, "cost", unit=10, end=100)
+    assert max(x for trace in figure.data for x in trace.x) == 10
+    assert len([trace for trace in figure.data if trace.showlegend]) == 2
+    assert "<script>" not in figure.to_json()
+
+
+def test_statistics_compare_with_the_reference_and_are_plain_json():
+    statistics = statistics_of(RUNS, "tpe")
+    tpe, other = statistics.rows
+    assert tpe.against == {}
+    assert other.scores["val_loss"].median == pytest.approx(0.25)
+    assert (other.against["test_loss"].wins, other.against["test_loss"].losses) == (2, 0)
+    assert statistics.ranking.average_ranks == {"tpe": 2.0, HOSTILE: 1.0}
+    content = json.loads(json.dumps(statistics.as_json(), allow_nan=False))
+    assert content["ranking"]["p_friedman"] is None
+    assert content["methods"]["tpe"]["scores"]["val_loss"]["median"] == pytest.approx(0.5)
+    assert list(average_ranks(statistics.ranking, {}).data[0].x) == [2.0]
+
+
+def test_the_page_says_all_and_obeys_nothing():
+    statistics = statistics_of(RUNS, "tpe")
+    page = comparison_page("t", "one\n\ntwo", RUNS, statistics, full_training=10, budget=100, footer="f")
+    body = page[page.rindex("<h1>") :]
+    assert "<script>alert" not in page
+    assert "cannot go below 0.5 with 2 seeds" in body
+    assert "2/0/0" in body
+    assert "Average ranks by test loss over 2 seeds" in body
+    alone = comparison_page("t", "", RUNS[:2], statistics_of(RUNS[:2], "tpe"), full_training=10, budget=100)
+    assert "There is no other method." in alone
