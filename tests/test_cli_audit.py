@@ -13,6 +13,8 @@ import pytest
 
 import optuna_greedyhg as ghg
 from optuna_greedyhg.cli.audit import DEFAULT_ESTIMATORS
+from optuna_greedyhg.cli.console import audit_table
+from optuna_greedyhg.hypergrad.audit import AuditRow
 from optuna_greedyhg.hypergrad.estimators import ESTIMATORS, Fixed
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.tasks import make_task
@@ -183,3 +185,12 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], message: str) -> None:
     (line,) = captured.err.splitlines()
     assert line.startswith("greedyhg: error: ")
     assert message in line
+
+
+def test_of_many_groups_only_the_lowest_agreement_is_shown() -> None:
+    groups = {f"g{k}": 0.5 + k / 100 for k in range(9)}
+    (column,) = [c for c in audit_table([AuditRow("mine", sign_agreement=groups)]).columns if "signs" in str(c.header)]
+    assert (str(column.header), list(column.cells)) == ("lowest\nsigns", ["50%"])
+    few = {"a": 0.25, "b": 0.75}
+    columns = [c for c in audit_table([AuditRow("mine", sign_agreement=few)]).columns if "signs" in str(c.header)]
+    assert [list(c.cells) for c in columns] == [["25%"], ["75%"]]

@@ -92,7 +92,7 @@ def _auditor(
         rule = _with_momentum(rule, momentum)
     try:
         return HypergradientAudit(
-            problem,
+            problem.val_episodes[0],
             alpha.hyperparameters,
             update_rule=rule,
             horizon=horizon,

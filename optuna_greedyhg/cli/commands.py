@@ -229,7 +229,7 @@ app.command()(report)
 def tasks() -> None:
     """List the tasks."""
     for name, summary in TASKS.items():
-        typer.echo(f"{name:18}{summary}")
+        typer.echo(f"{name:21}{summary}")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -19,6 +19,7 @@ from optuna_greedyhg.report.comparison import Statistics
 from optuna_greedyhg.report.summary import MethodSummary
 from optuna_greedyhg.report.wording import against_cells, shown_scores, spread_lines
 
+_MAX_GROUPS = 4
 _SHORT = {"val_loss": "val loss", "test_loss": "test loss", "test_accuracy": "test acc."}
 
 
@@ -89,20 +90,26 @@ def summary_table(summaries: Sequence[MethodSummary], title: str) -> Table:
 
 
 def audit_table(rows: Sequence[AuditRow]) -> Table:
-    """One row an estimator; memory in MB, costs in thousands of gradients of one example."""
+    """One row an estimator; memory in MB, costs in thousands of gradients of one example.
+
+    Of more groups than a terminal is wide for, only the lowest agreement of signs is shown.
+    """
     groups = list(dict.fromkeys(group for row in rows for group in row.sign_agreement or ()))
+    is_wide = len(groups) > _MAX_GROUPS
     table = _table()
     table.add_column("estimator", no_wrap=True, vertical="bottom")
-    signs = (f"signs {group.replace('_', ' ')}" for group in groups)
+    signs = ["lowest signs"] if is_wide else [f"signs {group.replace('_', ' ')}" for group in groups]
     for column in ("cosine", "length ratio", *signs, "time (s)", "time ratio", "peak MB", "cost ×1000"):
         table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
         agreement = row.sign_agreement or {}
+        lowest = min(agreement.values(), default=None)
+        shares = [lowest] if is_wide else [agreement.get(group) for group in groups]
         table.add_row(
             row.name,
             _number(row.cosine, ".3f"),
             _number(row.length_ratio, ".3f"),
-            *(_number(agreement.get(group), ".0%") for group in groups),
+            *(_number(share, ".0%") for share in shares),
             _number(row.seconds, ".2f" if row.seconds < 10 else ".0f"),
             _number(row.relative_seconds, ".1f"),
             _number(None if row.peak_bytes is None else row.peak_bytes / 1e6, ",.2f"),

@@ -12,7 +12,7 @@ import torch
 import typer
 
 from optuna_greedyhg.report.files import write_whole
-from optuna_greedyhg.tasks import TASKS, FashionCleaning, Task, make_task
+from optuna_greedyhg.tasks import FROM_FOLDER, TASKS, Task, make_task
 
 TaskName = StrEnum("TaskName", {name.replace("-", "_").upper(): name for name in TASKS})  # type: ignore[misc]
 
@@ -41,7 +41,7 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results
 
 def load_task(name: str, *, seed: int, device: DeviceName, data: Path | None) -> Task:
     """The task on its device; refuses a folder of data for one that brings its own."""
-    if data is not None and name != FashionCleaning.name:
+    if data is not None and name not in FROM_FOLDER:
         raise typer.BadParameter(f"the task {name} brings its own data", param_hint="--data")
     return make_task(name, seed=seed, device=device.make(), folder=data)
 

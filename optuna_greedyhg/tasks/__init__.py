@@ -11,10 +11,18 @@ import torch
 
 from optuna_greedyhg.tasks.base import Settings, Task, make_objective
 from optuna_greedyhg.tasks.digits import DigitsCleaning, DigitsL2
+from optuna_greedyhg.tasks.digits_augment import DigitsAugment
+from optuna_greedyhg.tasks.digits_heads import DigitsHeads
+from optuna_greedyhg.tasks.digits_mixed import DigitsMixed
+from optuna_greedyhg.tasks.digits_mlp import DigitsMLP
+from optuna_greedyhg.tasks.digits_warp import DigitsWarp
 from optuna_greedyhg.tasks.fashion import FashionCleaning
+from optuna_greedyhg.tasks.fashion_weights import FashionWeights
 from optuna_greedyhg.tasks.idx import DataError
+from optuna_greedyhg.tasks.tabular import BreastCancerRidge, DiabetesRidge, WineRidge
 
 __all__ = [
+    "FROM_FOLDER",
     "TASKS",
     "DataError",
     "DigitsCleaning",
@@ -26,7 +34,26 @@ __all__ = [
     "make_task",
 ]
 
-TASKS: dict[str, str] = {task.name: task.summary for task in (DigitsCleaning, DigitsL2, FashionCleaning)}
+_BUILT_IN = {
+    task.name: task
+    for task in (
+        DigitsCleaning,
+        DigitsL2,
+        DigitsMLP,
+        DigitsAugment,
+        DigitsHeads,
+        DigitsMixed,
+        DigitsWarp,
+        DiabetesRidge,
+        BreastCancerRidge,
+        WineRidge,
+    )
+}
+_OF_FOLDERS = {task.name: task for task in (FashionCleaning, FashionWeights)}
+
+FROM_FOLDER = frozenset(_OF_FOLDERS)
+"""The tasks whose data does not come with a library."""
+TASKS: dict[str, str] = {name: task.summary for name, task in (_BUILT_IN | _OF_FOLDERS).items()}
 """What there is: summaries by name."""
 
 
@@ -37,16 +64,15 @@ def make_task(name: str, *, seed: int = 0, device: torch.device | str = "cpu", f
         name: A key of ``TASKS``.
         seed: Seeds its data and initial weights.
         device: Where to compute.
-        folder: Holds the data of tasks that do not come with a library.
+        folder: Holds the data of tasks in ``FROM_FOLDER``.
 
     Raises:
         KeyError: If there is no task of this name.
         DataError: If its data is not there.
     """
-    if name == DigitsCleaning.name:
-        return DigitsCleaning(seed, device)
-    if name == DigitsL2.name:
-        return DigitsL2(seed, device)
-    if name == FashionCleaning.name:
-        return FashionCleaning(folder, seed, device)
+    if name in _BUILT_IN:
+        task: Task = _BUILT_IN[name](seed, device)
+        return task
+    if name in _OF_FOLDERS:
+        return _OF_FOLDERS[name](folder, seed, device)
     raise KeyError(f"No task {name!r}; there are {', '.join(TASKS)}.")

@@ -12,9 +12,10 @@ from optuna.trial import BaseTrial
 from torch import Tensor
 
 from optuna_greedyhg.hypergrad.descent import OuterStep
+from optuna_greedyhg.hypergrad.episodes import Problem
 from optuna_greedyhg.hypergrad.estimators import Estimator
 from optuna_greedyhg.hypergrad.evaluation import Online, Retrain
-from optuna_greedyhg.hypergrad.problem import BilevelProblem, Model
+from optuna_greedyhg.hypergrad.problem import Model
 from optuna_greedyhg.hypergrad.update_rules import UpdateRule
 from optuna_greedyhg.trials import records
 from optuna_greedyhg.trials.alpha import Alpha
@@ -39,12 +40,12 @@ class Task(Protocol):
     name: ClassVar[str]
     summary: ClassVar[str]
     settings: ClassVar[Settings]
-    defaults: ClassVar[Mapping[str, float]]
+    defaults: ClassVar[Mapping[str, Any]]
     """What a user who does not tune would take, for the parameters that a sampler suggests."""
     diagnostics: ClassVar[tuple[str, ...]]
     """The names of what ``diagnose`` gives."""
 
-    def define(self, trial: BaseTrial, alpha: Alpha) -> tuple[BilevelProblem, UpdateRule]:
+    def define(self, trial: BaseTrial, alpha: Alpha) -> tuple[Problem, UpdateRule]:
         """Suggests the trial's parameters, declares those in α, and builds the problem."""
 
     def diagnose(self, values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class DigitsCleaning:
     settings: ClassVar[Settings] = Settings(
         horizon=10, n_outer_steps=50, outer_lr=0.3, evaluate=Retrain(500), evaluate_every=10
     )
-    defaults: ClassVar[Mapping[str, float]] = {"lr": 0.1, "weight_decay": 1e-4}
+    defaults: ClassVar[Mapping[str, Any]] = {"lr": 0.1, "weight_decay": 1e-4}
     diagnostics: ClassVar[tuple[str, ...]] = cleaning.DIAGNOSTICS
 
     def __init__(self, seed: int = 0, device: torch.device | str = "cpu", share: float = 0.5) -> None:
@@ -110,7 +110,7 @@ class DigitsL2:
     settings: ClassVar[Settings] = Settings(
         horizon=10, n_outer_steps=50, outer_lr=0.3, evaluate=Retrain(200), evaluate_every=5
     )
-    defaults: ClassVar[Mapping[str, float]] = {"strength": 1e-3}
+    defaults: ClassVar[Mapping[str, Any]] = {"strength": 1e-3}
     diagnostics: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, seed: int = 0, device: torch.device | str = "cpu") -> None:

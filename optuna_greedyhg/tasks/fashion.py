@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from optuna.trial import BaseTrial
@@ -52,7 +52,7 @@ class FashionCleaning:
     settings: ClassVar[Settings] = Settings(
         horizon=10, n_outer_steps=200, outer_lr=0.1, evaluate=Online(), evaluate_every=10
     )
-    defaults: ClassVar[Mapping[str, float]] = {"lr": 0.1}
+    defaults: ClassVar[Mapping[str, Any]] = {"lr": 0.1}
     diagnostics: ClassVar[tuple[str, ...]] = cleaning.DIAGNOSTICS
 
     def __init__(
