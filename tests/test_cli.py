@@ -64,8 +64,8 @@ def test_demo_leaves_three_studies_a_page_and_the_numbers(capsys: pytest.Capture
 
 
 @pytest.mark.filterwarnings("ignore:FirstOrder.. sees no effect")  # which is so in this task
-@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "cmaes"])
-@pytest.mark.parametrize("estimator", ["greedy", "t1t2", "first-order", "reverse", "none"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "cmaes", "qmc"])
+@pytest.mark.parametrize("estimator", ["greedy", "spectral", "first-order", "reverse", "none"])
 def test_run_knows_every_sampler_and_estimator(
     sampler: str, estimator: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,7 +73,7 @@ def test_run_knows_every_sampler_and_estimator(
     assert greedyhg("run", *arguments, "--json", "run.json") == 0
     (row,) = json.loads(Path("run.json").read_text())["methods"]
     assert row["name"] == f"{sampler}+{estimator}"
-    assert (row["n_products"] > 0) == (estimator in ("greedy", "t1t2", "reverse"))
+    assert (row["n_products"] > 0) == (estimator in ("greedy", "spectral", "reverse"))
     assert (row["n_val_gradients"] > 0) == (estimator != "none")
     assert f"{sampler}+{estimator}" in capsys.readouterr().out
 

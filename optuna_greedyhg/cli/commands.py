@@ -40,7 +40,7 @@ from optuna_greedyhg.cli.report import report
 from optuna_greedyhg.cli.storages import open_storage, optuna_silenced, storage_errors
 from optuna_greedyhg.hypergrad.audit import DivergedError
 from optuna_greedyhg.hypergrad.descent import OuterStep
-from optuna_greedyhg.hypergrad.estimators import Estimator, FirstOrder, Greedy, Reverse
+from optuna_greedyhg.hypergrad.estimators import ESTIMATORS, Estimator, Greedy
 from optuna_greedyhg.hypergrad.evaluation import Online
 from optuna_greedyhg.report.dashboard import publish
 from optuna_greedyhg.report.page import write_report
@@ -65,25 +65,9 @@ app = typer.Typer(
 SamplerName = StrEnum("SamplerName", {name.upper(): name for name in SAMPLERS})  # type: ignore[misc]
 
 
-class EstimatorName(StrEnum):
-    """The estimators of the hypergradient; none leaves trials unrefined."""
-
-    GREEDY = "greedy"
-    T1T2 = "t1t2"
-    FIRST_ORDER = "first-order"
-    REVERSE = "reverse"
-    NONE = "none"
-
-    def make(self, gamma: float) -> Estimator[Any] | None:
-        """The estimator; ``gamma`` is the decay of the greedy one."""
-        estimators: dict[str, Estimator[Any] | None] = {
-            "greedy": Greedy(gamma),
-            "t1t2": Greedy(gamma=0.0),
-            "first-order": FirstOrder(),
-            "reverse": Reverse(),
-            "none": None,
-        }
-        return estimators[self.value]
+_NONE = "none"
+_ESTIMATOR_NAMES = {name.replace("-", "_").upper(): name for name in (*ESTIMATORS, _NONE)}
+EstimatorName = StrEnum("EstimatorName", _ESTIMATOR_NAMES)  # type: ignore[misc]
 
 
 Artifacts = Annotated[Path | None, typer.Option(help="Folder that keeps the refined tensors, and pictures.")]
@@ -146,7 +130,7 @@ def demo(
 def run(
     task: TaskOption,
     sampler: Annotated[SamplerName, typer.Option(help="Draws the seeds.")] = SamplerName["TPE"],
-    estimator: Annotated[EstimatorName, typer.Option(help="Estimates hypergradients.")] = EstimatorName.GREEDY,
+    estimator: Annotated[EstimatorName, typer.Option(help="Estimates hypergradients.")] = EstimatorName["GREEDY"],
     n_trials: Annotated[int, typer.Option(min=1, help="Number of trials to add to the study.")] = 10,
     storage: Annotated[str | None, typer.Option(help="URL of the storage; in memory by default.")] = None,
     study_name: Annotated[str | None, typer.Option(help="Name of the study; an existing one is carried on.")] = None,
@@ -186,7 +170,7 @@ def run(
     with optuna_silenced(), StudyProgress(console) as progress:
         objective = make_objective(
             problem,
-            estimator=estimator.make(gamma),
+            estimator=_estimator(estimator, gamma),
             settings=settings,
             artifact_store=store,
             callbacks=[
@@ -207,6 +191,13 @@ def run(
         _fail(f"no trial was started within {timeout} seconds", code=1)
     if not any(trial.state == TrialState.COMPLETE for trial in trials):
         _fail("no trial of the study has completed; see the messages above", code=1)
+
+
+def _estimator(name: str, gamma: float) -> Estimator[Any] | None:
+    """The estimator of this name, the greedy one with its decay; ``None`` leaves trials unrefined."""
+    if name == _NONE:
+        return None
+    return Greedy(gamma) if name == "greedy" else ESTIMATORS[name]
 
 
 def _stop_after(seconds: float) -> Callback:

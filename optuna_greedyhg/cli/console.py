@@ -123,7 +123,7 @@ def scores_table(statistics: Statistics) -> Table:
     table = _table(f"Over {statistics.n_seeds} seeds, at the best by validation loss within the budget")
     table.add_column("method", no_wrap=True, vertical="bottom")
     table.add_column("score", no_wrap=True, vertical="bottom")
-    for column in (r"median \[quartiles]", "mean ± 95%", "trials", "time (s)"):
+    for column in (r"median \[quartiles]", "mean ± 95%", "trials", "time\n(s)"):
         table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
     for row in statistics.rows:
         low, high = row.n_trials
@@ -142,7 +142,7 @@ def against_table(statistics: Statistics) -> Table:
     table = _table(f"Against {statistics.reference}, seed by seed")
     table.add_column("method", no_wrap=True, vertical="bottom")
     table.add_column("score", no_wrap=True, vertical="bottom")
-    for column in ("won/tied/lost", "difference ± 95%", "p", "Wilcoxon's p"):
+    for column in ("won/tied\n/lost", "difference ± 95%", "p", "Wilcoxon's\np"):
         table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
     for row in statistics.rows:
         for k, score in enumerate(shown_scores(statistics) if row.against else ()):

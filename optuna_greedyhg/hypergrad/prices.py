@@ -27,7 +27,7 @@ def measured_prices(
     hyperparameters: Mapping[str, Hyperparameter],
     update_rule: UpdateRule,
     *,
-    n_repeats: int = 15,
+    max_seconds: float = 5.0,
 ) -> Prices:
     """Times each kind of pass at the initial weights, with α where it starts.
 
@@ -35,7 +35,7 @@ def measured_prices(
         problem: The bilevel problem; its validation batches are passed over once for each repeat.
         hyperparameters: α.
         update_rule: The inner optimizer.
-        n_repeats: Number of repeats, whose median counts; one more before them warms up.
+        max_seconds: About how long it may take; the median of 3 to 15 repeats counts, after one that warms up.
     """
     products = Products(problem, {name: h.domain for name, h in hyperparameters.items()}, update_rule)
     alpha = to_coordinates(hyperparameters, problem.device, problem.dtype)
@@ -61,7 +61,7 @@ def measured_prices(
         v = Covector(products.validate(start, alpha, val_batches[0]).gradient)
         pull_back = _kind_of_product(products, train(keep_graph=True)[0], v)
         functions: list[Callable[[], object]] = [lambda: train(keep_graph=False), multiply, validate, evaluate]
-        side_by_side(functions, problem.device, 1)
+        n_repeats = min(max(int(max_seconds / sum(side_by_side(functions, problem.device, 1))), 3), 15)
         step, multiplied, validated, evaluated = side_by_side(functions, problem.device, n_repeats)
     of_one = step / n_train
     return Prices(

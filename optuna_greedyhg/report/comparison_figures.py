@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -37,16 +38,16 @@ def anytime(runs: Mapping[str, Sequence[Run]], axis: Axis, *, unit: float = 1.0,
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.09, subplot_titles=[*_PANELS.values()])
     longest = max((getattr(run, axis) for its in runs.values() for run in its), default=0.0)
     for row, score in enumerate(_PANELS, start=1):
-        medians: list[float | None] = []
+        medians, last = list[float | None](), list[float | None]()
         for name, its in runs.items():
             x, low, median, high = quartiles(its, axis, score, longest if end is None else end)
-            medians += median
+            medians, last = medians + median, last + median[-1:]
             band = traces.band([at / unit for at in x], low, median, high, colors[name], opacity=0.12)
             for trace in band:
                 trace.update(line_shape="hv", legendgroup=name, name=theme.text(name), showlegend=False)
             band[-1].update(showlegend=row == 1, line_dash=styles[name])
             figure.add_traces(band, row, 1)
-        figure.update_yaxes(row=row, **Scale.around([y for y in medians if y is not None]).axis())
+        figure.update_yaxes(row=row, **_scale(medians, last).axis())
     figure.update_annotations(x=0, xanchor="left", font_size=13)
     title = "Cost, in full trainings" if axis == "cost" else "Seconds"
     figure.update_xaxes(title_text=title, row=2)
@@ -54,6 +55,12 @@ def anytime(runs: Mapping[str, Sequence[Run]], axis: Axis, *, unit: float = 1.0,
     return figure.update_layout(
         template=theme.TEMPLATE, height=640, legend={"y": 1.06}, margin_t=72, hovermode="closest"
     )
+
+
+def _scale(medians: Column, last: Column) -> Scale:
+    """A range without the outliers of the beginning, and with the end of every line."""
+    scale = Scale.around([y for y in medians if y is not None])
+    return replace(scale, high=max([scale.high, *(y for y in last if y is not None)]))
 
 
 def quartiles(runs: Sequence[Run], axis: Axis, score: str, end: float) -> tuple[list[float], Column, Column, Column]:

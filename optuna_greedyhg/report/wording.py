@@ -16,7 +16,7 @@ def shown_scores(statistics: Statistics) -> list[str]:
 def spread_lines(score: str, x: Spread) -> tuple[str, str]:
     """The median with the quartiles, and the mean with its confidence interval."""
     quartiles = f"[{number(score, x.first_quartile)}, {number(score, x.third_quartile)}]"
-    return f"{number(score, x.median)} {quartiles}", f"{number(score, x.mean)} ± {number(score, x.half_width)}"
+    return f"{number(score, x.median)} {quartiles}", plus_minus(score, x.mean, x.half_width)
 
 
 def against_cells(score: str, row: MethodRow) -> list[str]:
@@ -24,7 +24,7 @@ def against_cells(score: str, row: MethodRow) -> list[str]:
     paired = row.against[score]
     return [
         f"{paired.wins}/{paired.ties}/{paired.losses}",
-        f"{number(score, paired.mean_difference)} ± {number(score, paired.half_width)}",
+        plus_minus(score, paired.mean_difference, paired.half_width),
         p_value(row.p_corrected[score]),
         p_value(paired.p_wilcoxon),
     ]
@@ -47,7 +47,7 @@ def ranking_note(statistics: Statistics) -> str:
     ordered = sorted(ranking.average_ranks.items(), key=lambda item: item[1])
     ranks = ", ".join(f"{name} {rank:.2f}" for name, rank in ordered)
     friedman = "" if math.isnan(ranking.p_friedman) else f" Friedman's test: p = {p_value(ranking.p_friedman)}."
-    groups = " and ".join(", ".join(group) for group in alike(ranking))
+    groups = " and ".join(f"({', '.join(group)})" for group in alike(ranking))
     return (
         f"Average ranks by {LABELS[JUDGED_BY]} over {ranking.n_blocks} seeds: {ranks}.{friedman} Nemenyi's critical "
         f"difference at the level {LEVEL} is {ranking.critical_difference:.2f}, which does not tell apart: "
@@ -58,6 +58,14 @@ def ranking_note(statistics: Statistics) -> str:
 def p_value(p: float) -> str:
     """A p-value, or a dash where there is none."""
     return "–" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def plus_minus(score: str, mean: float, half_width: float) -> str:
+    """A mean and the half-width of its interval, of which two digits say enough."""
+    if math.isnan(half_width) or score.endswith("accuracy"):
+        return f"{number(score, mean)} ± {number(score, half_width)}"
+    decimals = 3 if half_width == 0 else min(max(1 - math.floor(math.log10(half_width)), 0), 6)
+    return f"{mean:.{decimals}f} ± {half_width:.{decimals}f}".replace("-", "−")
 
 
 def number(score: str, x: float) -> str:

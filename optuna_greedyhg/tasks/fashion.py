@@ -21,7 +21,7 @@ from optuna_greedyhg.trials.alpha import Alpha
 
 N_CLASSES = 10
 N_TRAIN = 1000
-_EVAL_BATCH = 1000
+EVAL_BATCH = 1000
 
 
 class FashionCleaning:
@@ -72,8 +72,8 @@ class FashionCleaning:
         chosen, held_out = order[:N_TRAIN], order[N_TRAIN : N_TRAIN + 10_000]
         noisy, self.is_wrong = cleaning.corrupt(labels[chosen], share, N_CLASSES, generator)
         self._train = tuple(x.to(device) for x in (images[chosen], noisy, torch.arange(N_TRAIN)))
-        self._val = _batches(val_images.to(device), val_labels.to(device), val_batch)
-        self._test = _batches(images[held_out].to(device), labels[held_out].to(device), _EVAL_BATCH)
+        self._val = batched(val_images.to(device), val_labels.to(device), val_batch)
+        self._test = batched(images[held_out].to(device), labels[held_out].to(device), EVAL_BATCH)
         self._device = torch.device(device)
         self._seed = seed
 
@@ -114,6 +114,7 @@ def make_conv_net() -> nn.Sequential:
     return net
 
 
-def _batches(images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+def batched(images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Batches in their order, in the layout that the network likes."""
     images = images.contiguous(memory_format=torch.channels_last)
     return list(zip(torch.split(images, size), torch.split(labels, size), strict=True))

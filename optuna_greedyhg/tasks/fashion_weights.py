@@ -17,19 +17,18 @@ from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.update_rules import SGD, UpdateRule
 from optuna_greedyhg.tasks import cleaning
 from optuna_greedyhg.tasks.base import Settings, accuracy
-from optuna_greedyhg.tasks.fashion import N_CLASSES, make_conv_net
+from optuna_greedyhg.tasks.fashion import EVAL_BATCH, N_CLASSES, batched, make_conv_net
 from optuna_greedyhg.tasks.idx import DataError, read_images_and_labels
 from optuna_greedyhg.trials.alpha import Alpha
 
 _BATCH = 500
-_EVAL_BATCH = 1000
 
 
 class FashionWeights:
     """The training file's images, of which half have their label replaced, but for a sixth that validates, clean.
 
     The network is that of ``fashion-cleaning``, trained on batches of 500 by SGD with momentum 0.9, whose learning rate
-    the sampler suggests; the test file is the test split. A trial sees every image 50 times.
+    the sampler suggests; the test file is the test split. A trial sees every image 30 times.
 
     Args:
         folder: Holds the four idx files.
@@ -46,7 +45,7 @@ class FashionWeights:
         "Fashion-MNIST from a folder of idx files, half of the labels corrupted: 50 000 example weights, minibatches"
     )
     settings: ClassVar[Settings] = Settings(
-        horizon=10, n_outer_steps=500, outer_lr=0.1, evaluate=Online(), evaluate_every=25
+        horizon=10, n_outer_steps=300, outer_lr=0.1, evaluate=Online(), evaluate_every=25
     )
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 0.05}
     diagnostics: ClassVar[tuple[str, ...]] = cleaning.DIAGNOSTICS
@@ -63,8 +62,8 @@ class FashionWeights:
         held_out, chosen = order[: len(order) // 6], order[len(order) // 6 :]
         noisy, self.is_wrong = cleaning.corrupt(labels[chosen], share, N_CLASSES, generator)
         self._train = TensorDataset(*(x.to(device) for x in (images[chosen], noisy, torch.arange(len(chosen)))))
-        self._val = _batches(images[held_out].to(device), labels[held_out].to(device))
-        self._test = _batches(test_images.to(device), test_labels.to(device))
+        self._val = batched(images[held_out].to(device), labels[held_out].to(device), EVAL_BATCH)
+        self._test = batched(test_images.to(device), test_labels.to(device), EVAL_BATCH)
         self._device = torch.device(device)
         self._seed = seed
 
@@ -92,7 +91,3 @@ def _shuffled(dataset: TensorDataset) -> DataLoader[Any]:
     """Batches that are indexed at once, instead of put together image by image, which takes longer than a step."""
     order = BatchSampler(RandomSampler(dataset), batch_size=_BATCH, drop_last=False)
     return DataLoader(dataset, sampler=order, batch_size=None)
-
-
-def _batches(images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return list(zip(torch.split(images, _EVAL_BATCH), torch.split(labels, _EVAL_BATCH), strict=True))

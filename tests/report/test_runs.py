@@ -11,6 +11,7 @@ from optuna_greedyhg.report.comparison import statistics_of
 from optuna_greedyhg.report.comparison_figures import anytime, average_ranks, quartiles
 from optuna_greedyhg.report.comparison_page import comparison_page
 from optuna_greedyhg.report.runs import Point, Run, run_of
+from optuna_greedyhg.report.wording import plus_minus
 from tests.report.studies import HOSTILE, finished, study_of
 
 PRICES = Prices(val_gradient=0.5, product=2.0, evaluation=0.0)
@@ -117,3 +118,18 @@ def test_the_page_says_all_and_obeys_nothing():
     assert "Average ranks by test loss over 2 seeds" in body
     alone = comparison_page("t", "", RUNS[:2], statistics_of(RUNS[:2], "tpe"), full_training=10, budget=100)
     assert "There is no other method." in alone
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "words"),
+    [
+        (0.3291, 0.00942, "0.3291 ± 0.0094"),
+        (-8.59e-05, 0.000123, "−0.00009 ± 0.00012"),
+        (12.3, 45.0, "12 ± 45"),
+        (0.25, 0.0, "0.250 ± 0.000"),
+        (0.25, float("nan"), "0.250 ± –"),
+    ],
+)
+def test_an_interval_has_as_many_digits_as_it_is_worth(mean, half_width, words):
+    assert plus_minus("val_loss", mean, half_width) == words
+    assert plus_minus("test_accuracy", 0.9012, 0.0034) == "90.1% ± 0.3%"
