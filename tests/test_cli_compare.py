@@ -113,6 +113,20 @@ def test_ctrl_c_keeps_what_is_finished_and_the_next_call_goes_on(
     assert rows()["random", 0]["cost"] == pytest.approx(json.loads(Path("c.json").read_text())["budget"])
 
 
+def test_defaults_that_were_interrupted_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> float:
+        raise KeyboardInterrupt
+
+    common = (*L2, "--methods", "defaults", "--seeds", "1", "--budget", "1", "--quiet")
+    with monkeypatch.context() as patched:
+        patched.setattr(base, "refine", interrupt)
+        assert compare(*common) == 130
+    assert compare(*common) == 0
+    assert [trial.params for trial in trials("defaults")] == [{"strength": 1e-3}] * 2
+    assert compare(*common, "--json", "c.json") == 0
+    assert rows()["defaults", 0]["n_trials"] == 2
+
+
 def test_a_method_whose_trials_fail_is_given_up_and_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

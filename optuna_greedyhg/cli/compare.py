@@ -65,13 +65,13 @@ def compare(
     def make(seed: int) -> Task:
         return load_task(name, seed=seed, device=device, data=data)
 
-    make(0)  # so that a folder without its data is refused before a storage is made
+    first = make(0)  # before a storage is made, so that a folder without its data is refused
     with optuna_silenced(), storage_errors(storage):
         opened = open_storage(storage)
         known = recorded_yardstick(opened, name)
     # Such small matrices gain nothing from more, and what runs beside this would change the prices.
     torch.set_num_threads(1)
-    yardstick = known or measure(make(0))
+    yardstick = known or measure(first)
     limit = budget * yardstick.full_training
     console.print(f"[bold]{name}[/bold]: {TASKS[name]}.", highlight=False)
     console.print(_described(budget, yardstick), highlight=False)

@@ -106,8 +106,8 @@ def spend(
     """
     spent, n_failures = spent_by(study, prices), 0
     enough = budget * (1 - ROUNDING)
-    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
-    if spent >= enough or (method.is_defaults and done):
+    states = {trial.state for trial in study.get_trials(deepcopy=False)}
+    if spent >= enough or (method.is_defaults and TrialState.COMPLETE in states):
         return
 
     def observe(trial: BaseTrial, step: OuterStep) -> None:
@@ -124,8 +124,8 @@ def spend(
         if spent >= enough or n_failures == _MAX_FAILURES:
             study.stop()
 
-    if method.is_defaults:
-        study.enqueue_trial(dict(task.defaults), skip_if_exists=True)
+    if method.is_defaults and TrialState.WAITING not in states:
+        study.enqueue_trial(dict(task.defaults))
     study.optimize(
         make_objective(
             task,
