@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optuna_greedyhg.hypergrad import batches, randomness, trees
 from optuna_greedyhg.hypergrad.batches import Batch, Stream
+from optuna_greedyhg.hypergrad.convolution import Demand, LeanConvolutions
 from optuna_greedyhg.hypergrad.cost import Cost
 from optuna_greedyhg.hypergrad.domains import Domain, Unbounded, Values
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
@@ -196,15 +197,25 @@ class StepRecipe:
 
     def cook(self, state: TrainState, keep_graph: bool) -> InnerStep:
         """The step with the random numbers that come."""
-        rule = self.products.update_rule
         graph = self._gradient(state, create_graph=keep_graph)
         gradient = {name: g.detach() for name, g in graph.gradient.items()}
-        with torch.no_grad():
-            theta = resolve(rule, self.products.values(self.alpha))
-            parameters, slots = rule.step(state.parameters, gradient, state.slots, theta, state.n_steps)
+        update = self.update(state, gradient, with_graph=keep_graph)
+        parameters = {name: w.detach() for name, w in update.parameters.items()}
+        slots = {kind: {name: x.detach() for name, x in tree.items()} for kind, tree in update.slots.items()}
         after = TrainState(parameters, graph.buffers, slots, state.n_steps + 1)
         kept = graph if keep_graph and graph.reads else None
-        return InnerStep(self, state, after, gradient, graph.reads, kept)
+        return InnerStep(self, state, after, gradient, graph.reads, kept, update if keep_graph else None)
+
+    def update(self, state: TrainState, gradient: Tensors, *, with_graph: bool, of_state: bool = False) -> _Update:
+        """Φ(w_{t−1}, g, s_{t−1}, θ(α)), with its graph down to g and α, and to w and s if they are wanted."""
+        rule = self.products.update_rule
+        with torch.set_grad_enabled(with_graph):
+            g, z = trees.leaves(gradient), trees.leaves(self.alpha)
+            w, s = state.parameters, state.slots
+            if of_state:
+                w, s = trees.leaves(w), {kind: trees.leaves(tree) for kind, tree in s.items()}
+            parameters, slots = rule.step(w, g, s, resolve(rule, self.products.values(z)), state.n_steps)
+        return _Update(parameters, slots, g, z, w, s)
 
     def graph_at(self, state: TrainState) -> _Graph:
         """∇_w L_train at a state, with its graph, and with the random numbers that the step had."""
@@ -217,14 +228,16 @@ class StepRecipe:
     def _gradient(self, state: TrainState, *, create_graph: bool) -> _Graph:
         # The fused kernels of scaled dot-product attention have no second derivative; the plain one has.
         attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
-        with torch.enable_grad(), attention:
+        demand = Demand()
+        convolutions = LeanConvolutions(demand) if create_graph else nullcontext()
+        with torch.enable_grad(), attention, convolutions:
             w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
             values = self.products.values(z)
             loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)
             _require_gradient(loss, "train_loss")
             (gradient,) = _grad([loss], [w], create_graph=create_graph)
         self.products.cost.n_train_gradients += batches.n_examples(self.batch)
-        return _Graph(gradient, buffers, w, z, tuple(name for name in z if name in values.used))
+        return _Graph(gradient, buffers, w, z, tuple(name for name in z if name in values.used), demand)
 
 
 class InnerStep:
@@ -245,6 +258,7 @@ class InnerStep:
         gradient: Tensors,
         reads: tuple[str, ...],
         graph: _Graph | None,
+        update: _Update | None,
     ) -> None:
         self.recipe = recipe
         self.before = before
@@ -252,6 +266,7 @@ class InnerStep:
         self.gradient = gradient
         self._reads = reads
         self._graph = graph
+        self._update = update
         self._held = False
         self._validation: Validation | None = None
 
@@ -285,7 +300,7 @@ class InnerStep:
         finally:
             self._held = outer
             if not outer:
-                self._graph = None
+                self._graph = self._update = None
 
     @property
     def validated(self) -> Validation | None:
@@ -355,16 +370,12 @@ class InnerStep:
 
     def _pull_back(self, v: Covector, *, to_state: bool, to_alpha: bool) -> tuple[Covector, Tensors]:
         """v·A_t and v·B_t, each empty unless it is asked for."""
-        products, before = self.recipe.products, self.before
-        rule = products.update_rule
-        with torch.enable_grad():
-            w, g, z = trees.leaves(before.parameters), trees.leaves(self.gradient), trees.leaves(self.recipe.alpha)
-            s = {kind: trees.leaves(tree) for kind, tree in before.slots.items()}
-            parameters, slots = rule.step(w, g, s, resolve(rule, products.values(z)), before.n_steps)
-        outputs = [*parameters.values(), *(x for kind in v.slots for x in slots[kind].values())]
-        cotangents = [*(v.parameters[name] for name in parameters), *(v.slots[k][n] for k in v.slots for n in slots[k])]
-        sources = [g, z if to_alpha else {}, *([w, *s.values()] if to_state else [])]
-        u, z_bar, *state_bar = _grad(outputs, sources, cotangents)
+        update = self._take_update(to_state)
+        outputs = [*update.parameters.values(), *(x for kind in v.slots for x in update.slots[kind].values())]
+        cotangents = [*(v.parameters[k] for k in update.parameters)]
+        cotangents += (v.slots[kind][k] for kind in v.slots for k in update.slots[kind])
+        sources = [update.g, update.z if to_alpha else {}, *([update.w, *update.s.values()] if to_state else [])]
+        u, z_bar, *state_bar = _grad(outputs, sources, cotangents, retain_graph=self._held)
 
         reads = self._reads if to_alpha else ()
         if reads or to_state:
@@ -374,11 +385,12 @@ class InnerStep:
                 state_bar[0] = trees.add(state_bar[0], through_w)
         if not to_state:
             return Covector({}), z_bar
-        return Covector(state_bar[0], dict(zip(s, state_bar[1:], strict=True))), z_bar
+        return Covector(state_bar[0], dict(zip(update.s, state_bar[1:], strict=True))), z_bar
 
     def _through_gradient(self, u: Tensors, to_state: bool, reads: tuple[str, ...]) -> tuple[Tensors, Tensors]:
         """u·∇²_w L_train (empty unless ``to_state``) and u·∂g/∂α for the hyperparameters ``reads``."""
         graph = self._take_graph()
+        graph.demand.state = to_state
         w = graph.w if to_state else {}
         z = {name: graph.z[name] for name in reads}
         # A gradient that is constant in w and α (a loss linear in both) has no graph, and a derivative of zero.
@@ -387,6 +399,14 @@ class InnerStep:
         w_bar, z_bar = _grad(outputs, [w, z], cotangents, retain_graph=self._held)
         self.recipe.products.cost.n_products += batches.n_examples(self.recipe.batch) * (bool(z) + bool(w))
         return w_bar, z_bar
+
+    def _take_update(self, of_state: bool) -> _Update:
+        """The step's update with its graph, which is there for one use, as the gradient's is."""
+        if of_state:  # which the kept graph does not reach
+            return self.recipe.update(self.before, self.gradient, with_graph=True, of_state=True)
+        update = self._update or self.recipe.update(self.before, self.gradient, with_graph=True)
+        self._update = update if self._held else None
+        return update
 
     def _take_graph(self) -> _Graph:
         """The step's graph, which is there for one use, as autograd frees it, unless the step is held."""
@@ -403,6 +423,18 @@ class _Graph(NamedTuple):
     w: Tensors
     z: Tensors
     reads: tuple[str, ...]
+    demand: Demand
+
+
+class _Update(NamedTuple):
+    """Φ's results with, where it was asked for, their graph down to the leaves g, z (α's coordinates), w and s."""
+
+    parameters: Tensors
+    slots: Slots
+    g: Tensors
+    z: Tensors
+    w: Tensors
+    s: Slots
 
 
 def _grad(

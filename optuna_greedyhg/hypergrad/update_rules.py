@@ -117,10 +117,10 @@ class SGD:
         lr, mu = theta["lr"], theta["momentum"]
         d = _decayed(gradient, parameters, theta["weight_decay"])
         if not slots:
-            return {k: w - lr * d[k] for k, w in parameters.items()}, {}
-        m = {k: mu * slots["momentum"][k] + d[k] for k in d}
-        direction = {k: d[k] + mu * m[k] for k in d} if self.nesterov else m
-        return {k: w - lr * direction[k] for k, w in parameters.items()}, {"momentum": m}
+            return {k: _add_scaled(w, -lr, d[k]) for k, w in parameters.items()}, {}
+        m = {k: _add_scaled(d[k], mu, slots["momentum"][k]) for k in d}
+        direction = {k: _add_scaled(d[k], mu, m[k]) for k in d} if self.nesterov else m
+        return {k: _add_scaled(w, -lr, direction[k]) for k, w in parameters.items()}, {"momentum": m}
 
     def preconditioner(self, slots: Slots, theta: Theta, n_steps: int) -> None:
         return None
@@ -238,7 +238,12 @@ def resolve(rule: UpdateRule, alpha: Mapping[str, Tensor]) -> Theta:
 def _decayed(gradient: Tensors, parameters: Tensors, weight_decay: Tensor | float) -> Tensors:
     if isinstance(weight_decay, float) and weight_decay == 0.0:
         return gradient
-    return {k: g + weight_decay * parameters[k] for k, g in gradient.items()}
+    return {k: _add_scaled(g, weight_decay, parameters[k]) for k, g in gradient.items()}
+
+
+def _add_scaled(x: Tensor, factor: Tensor | float, y: Tensor) -> Tensor:
+    """``x + factor·y`` in one pass over memory, which is what an update costs."""
+    return torch.addcmul(x, y, factor) if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
 
 
 def _matrices(w_to_w: Tensor, m_to_w: Tensor, w_to_m: Tensor, m_to_m: Tensor) -> Tensor:

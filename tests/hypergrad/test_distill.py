@@ -139,7 +139,7 @@ class TestFit:
         assert fitted([Sample(1.0, {"a": float64(u)}, {"a": float64(1.0)})] * 3, otherwise=5.0) == 5.0
 
     def test_it_is_made_every_so_many_horizons_and_carried_in_between(self):
-        horizons, estimator = Horizons(Case(bowl(), SGD(lr=0.3)), 4), HyperDistill(0.9, fit_every=3)
+        horizons, estimator = Horizons(Case(toy(), SGD(lr=0.1)), 4), HyperDistill(0.9, fit_every=3)
         carried = []
         for _ in range(7):
             horizons.fold(estimator)
@@ -148,7 +148,7 @@ class TestFit:
         assert ages == (1, 2, 3, 1, 2, 3, 1)
         assert thetas[0] == thetas[1] == thetas[2]
         assert thetas[3] == thetas[4] == thetas[5]
-        assert len(set(thetas)) == 3
+        assert min(abs(thetas[0] - thetas[3]), abs(thetas[3] - thetas[6])) > 1e-6
 
     def test_the_estimate_has_the_length_that_is_carried(self):
         estimates = []
