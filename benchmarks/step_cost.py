@@ -1,0 +1,149 @@
+"""What does a greedy outer step cost, beside the training and the validation gradients that nobody can do without?
+
+Example weights, full batches of 1000 images of 28×28, SGD with momentum 0.9: the paper's convolutional network and an
+MLP 784-256-256-10. The measure is plain PyTorch: T training steps by ``torch.optim.SGD``, and T gradients of the
+validation loss. Times are taken in turns within one run; shown is the median of the ratios.
+
+    python benchmarks/step_cost.py --out benchmarks/results/step_cost.json
+
+With F for one forward pass, the floor of the running variant is (3F + 3F + 2F) / (3F + 3F) = 1.33.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import environment
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from optuna_greedyhg.hypergrad.domains import Unbounded
+from optuna_greedyhg.hypergrad.estimators import Estimator, Greedy, fold
+from optuna_greedyhg.hypergrad.problem import BilevelProblem
+from optuna_greedyhg.hypergrad.products import Products
+from optuna_greedyhg.hypergrad.update_rules import SGD
+from optuna_greedyhg.tasks import cleaning
+from optuna_greedyhg.tasks.fashion import make_conv_net
+
+N = 1000
+HORIZON = 10
+
+
+def make_mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Sequential]] = {"conv": make_conv_net, "mlp": make_mlp}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=None)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result = {**environment.describe(), "threads": arguments.threads, "repeats": arguments.repeats}
+    for model in MODELS:
+        result[model] = ratios(model, arguments.repeats)
+        print(model, ", ".join(f"{name} {ratio:.3f}" for name, ratio in result[model].items()), flush=True)
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def ratios(model: str, repeats: int) -> dict[str, float]:
+    """Medians of the time of an outer step, relative to what is named."""
+    torch.manual_seed(0)
+    data = Data(N), Data(N), Data(N // 10)
+    net = MODELS[model]()
+    alpha = torch.zeros(N)
+    work: dict[str, Callable[[], None]] = {
+        "training": lambda: plain_training(net, alpha, data[0]),
+        "both gradients": lambda: plain_training(net, alpha, data[0], data[1]),
+        "greedy": outer_step(net, alpha, data[0], data[1], Greedy(0.9)),
+        "greedy, a tenth": outer_step(net, alpha, data[0], data[2], Greedy(0.9)),
+        "terminal": outer_step(net, alpha, data[0], data[1], Greedy(0.9, terminal=True)),
+    }
+    times = take_turns(work, repeats)
+    return {
+        "greedy / both gradients": median_ratio(times["greedy"], times["both gradients"]),
+        "greedy with a tenth of validation / training": median_ratio(times["greedy, a tenth"], times["training"]),
+        "terminal / training": median_ratio(times["terminal"], times["training"]),
+        "seconds of training": statistics.median(times["training"]),
+    }
+
+
+class Data:
+    """Random images, labels and indices."""
+
+    def __init__(self, n: int) -> None:
+        self.images = torch.randn(n, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+        self.labels = torch.randint(10, (n,))
+
+
+def plain_training(net: nn.Module, logits: Tensor, train: Data, val: Data | None = None) -> None:
+    """T steps as anybody would write them, each followed by a gradient of the validation loss where there is one."""
+    parameters = list(net.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
+    for _ in range(HORIZON):
+        optimizer.zero_grad()
+        losses = F.cross_entropy(net(train.images), train.labels, reduction="none")
+        (torch.sigmoid(logits) * losses).mean().backward()
+        optimizer.step()
+        if val is not None:
+            torch.autograd.grad(F.cross_entropy(net(val.images), val.labels), parameters)
+
+
+def outer_step(net: nn.Module, logits: Tensor, train: Data, val: Data, estimator: Estimator[Any]) -> Callable[[], None]:
+    problem = BilevelProblem(
+        model=net,
+        train_loss=cleaning.weighted_loss,
+        val_loss=cleaning.clean_loss,
+        train_batches=(train.images, train.labels, torch.arange(len(train.labels))),
+        val_batches=(val.images, val.labels),
+    )
+    products = Products(problem, {cleaning.LOGITS: Unbounded()}, SGD(lr=0.01, momentum=0.9))
+    alpha = {cleaning.LOGITS: logits}
+
+    def run() -> None:
+        fold(
+            estimator,
+            None,
+            alpha,
+            products.initial_state(),
+            HORIZON,
+            lambda before, t, keep_graph: products.step(
+                before, alpha, next(products.train_stream), keep_graph=keep_graph, remaining=HORIZON - t
+            ),
+        )
+
+    return run
+
+
+def take_turns(work: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every piece of work, each done once in every round, after one round to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for i in range(repeats + 1):
+        for name, function in work.items():
+            start = time.perf_counter()
+            function()
+            if i > 0:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median_ratio(times: list[float], of: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, of, strict=True))
+
+
+if __name__ == "__main__":
+    main()
