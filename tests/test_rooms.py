@@ -25,6 +25,7 @@ FLOORS = (
     {"propagators"},
     {"spectral"},
     {"estimators"},
+    {"work"},
     {"evaluation"},
     {"audit"},
     {"descent"},

@@ -16,9 +16,10 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,11 +29,12 @@ from optuna_greedyhg.hypergrad import evaluation, trees
 from optuna_greedyhg.hypergrad.cost import Cost
 from optuna_greedyhg.hypergrad.domains import Hyperparameter, to_coordinates, to_values
 from optuna_greedyhg.hypergrad.episodes import Problem
-from optuna_greedyhg.hypergrad.estimators import Estimator, Fixed, fold
+from optuna_greedyhg.hypergrad.estimators import Estimator, Fixed
 from optuna_greedyhg.hypergrad.evaluation import Evaluation, Online, Protocol, Retrain
-from optuna_greedyhg.hypergrad.products import InnerStep, Products, TrainState
+from optuna_greedyhg.hypergrad.products import Products, TrainState
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import UpdateRule, require_hyperparameters
+from optuna_greedyhg.hypergrad.work import Horizon, RollOut, Walk, Work
 
 OuterOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Stop = Literal["finished", "patience", "diverged"]
@@ -68,6 +70,10 @@ class OuterStep:
     cost: Cost
     stopped: Stop | None
     resume_point: Mapping[str, Any] = field(repr=False)
+
+
+Descent = Generator[Work | OuterStep, Any, None]
+"""A walk that also yields what it has come to after every outer step."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,18 @@ def descend(
     if options is not None and settings:
         raise TypeError(f"Give either options or single settings, but got both: {sorted(settings)}.")
     options = options or DescentOptions(**settings)
+    return _at_once(descent(problem, hyperparameters, update_rule, estimator, options, resume_from))
+
+
+def descent(
+    problem: Problem,
+    hyperparameters: Mapping[str, Hyperparameter],
+    update_rule: UpdateRule,
+    estimator: Estimator[Any] | None,
+    options: DescentOptions,
+    resume_from: Mapping[str, Any] | None = None,
+) -> Descent:
+    """What :func:`descend` does, as a walk that leaves the training to others; with its arguments and errors."""
     require_hyperparameters(update_rule, hyperparameters)
     first = problem.val_episodes[0]
     first.require_outer_parameters(hyperparameters)
@@ -204,10 +222,30 @@ def descend(
         warnings.warn(
             f"{estimator} uses validation gradients of all steps, whose sum does not vanish at the optimum when every "
             "outer step restarts from the initial weights; use restart=False, Greedy(gamma=0.0) or Reverse().",
-            stacklevel=2,
+            stacklevel=3,
         )
     products = Products(first, {name: h.domain for name, h in hyperparameters.items()}, update_rule)
     return _outer_loop(problem, products, hyperparameters, estimator, options.suited_to(problem), resume_from)
+
+
+def next_step(descent: Descent) -> Walk[OuterStep]:
+    """The work up to a descent's next outer step, which is what comes of it; there must be one more."""
+    item = next(descent)
+    while not isinstance(item, OuterStep):
+        item = descent.send((yield item))
+    return item
+
+
+def _at_once(descent: Descent) -> Iterator[OuterStep]:
+    answer = None
+    with suppress(StopIteration):
+        while True:
+            item = descent.send(answer)
+            if isinstance(item, OuterStep):
+                yield item
+                answer = None
+            else:
+                answer = item.perform()
 
 
 def _outer_loop(
@@ -217,7 +255,7 @@ def _outer_loop(
     estimator: Estimator[Any] | None,
     options: DescentOptions,
     resume_from: Mapping[str, Any] | None,
-) -> Iterator[OuterStep]:
+) -> Descent:
     moves, online = estimator is not None, isinstance(options.protocol, Online)
     estimator = estimator or Fixed()
     device, dtype = products.problem.device, products.problem.dtype
@@ -233,7 +271,7 @@ def _outer_loop(
     nan = math.nan
     stopped: Stop | None
     if resume_from is None:
-        seed = _evaluate(problem, exact, seed_values, products.initial_state(), 0, options)
+        seed = yield from _evaluate(problem, exact, seed_values, products.initial_state(), 0, options)
         best = seed = replace(seed, values={name: h.init for name, h in hyperparameters.items()})
         since_best, made = 0, 0
         stopped = "finished" if n_outer_steps == 0 else None
@@ -243,12 +281,12 @@ def _outer_loop(
         best, since_best, made = walker.resume(resume_from)
 
     for k in range(made + 1, n_outer_steps + 1):
-        roll_out = walker.roll_out(k)
+        roll_out = yield from walker.roll_out(k)
         if roll_out is None:
             point = walker.resume_point(k, best, since_best)
             yield OuterStep(k, best.values, nan, nan, None, best, replace(products.cost), "diverged", point)
             return
-        norm = trees.norm(roll_out.hypergradient)
+        norm, trained_under = trees.norm(roll_out.hypergradient), walker.alpha
         if moves:
             if k == 1:
                 _warn_of_idle(roll_out.hypergradient, estimator)
@@ -257,8 +295,8 @@ def _outer_loop(
         evaluated: Evaluation | None = None
         stopped = "finished" if k == n_outer_steps else None
         if k % options.evaluate_every == 0 or k == n_outer_steps:
-            judged = roll_out.alpha if online else walker.alpha
-            evaluated = _evaluate(problem, products, judged, roll_out.state, k, options)
+            judged = trained_under if online else walker.alpha
+            evaluated = yield from _evaluate(problem, products, judged, roll_out.state, k, options)
             improved = options.is_better(evaluated, best)
             best = evaluated if improved else best
             since_best = 0 if improved else since_best + 1
@@ -316,18 +354,20 @@ class _Walker:
         self._last_good: _Point | None = None
         self._step_scale = 1.0
 
-    def roll_out(self, k: int) -> _RollOut | None:
+    def roll_out(self, k: int) -> Walk[RollOut | None]:
         """The k-th horizon, under an α for which it is finite; ``None`` if there have been too many failures."""
         for _ in range(self._options.max_failures + 1):
-            with self._products.problem.seeded(self._options.seed + k):
-                episodes = [self._products.on(episode) for episode in self._problem.draw_episodes()]
-                horizon, carried = self._options.horizon, self._carried
-                roll_outs = [
-                    _roll_out(products, self._estimator, carried, self._state, self.alpha, horizon)
-                    for products in episodes
-                ]
-            if all(roll_out.is_finite() for roll_out in roll_outs):
-                roll_out = _mean(roll_outs)
+            roll_out: RollOut = yield Horizon(
+                self._problem,
+                self._products,
+                self._estimator,
+                self._carried,
+                self.alpha,
+                self._state,
+                self._options.horizon,
+                self._options.seed + k,
+            )
+            if roll_out.is_finite:
                 self._step_scale = min(1.0, 2 * self._step_scale)
                 self._state = self._start if self._options.restart else roll_out.state
                 # What an estimator knows of one episode, curvatures for example, is not true of another.
@@ -390,46 +430,6 @@ class _Point(NamedTuple):
     hypergradient: Tensors
 
 
-class _RollOut(NamedTuple):
-    alpha: Tensors  # that it was trained with
-    state: TrainState
-    hypergradient: Tensors
-    val_loss: Tensor | None  # at the end of the horizon, if the estimator has asked for it
-    carried: Any  # of the estimator's memory
-
-    def is_finite(self) -> bool:
-        asked = [] if self.val_loss is None else [self.val_loss]
-        return trees.all_finite([*self.state.parameters.values(), *self.hypergradient.values(), *asked])
-
-
-def _roll_out(
-    products: Products,
-    estimator: Estimator[Any],
-    carried: Any,
-    state: TrainState,
-    alpha: Tensors,
-    horizon: int,
-) -> _RollOut:
-    """One horizon of training from ``state`` under α, folded by the estimator."""
-
-    def make_step(before: TrainState, t: int, keep_graph: bool) -> InnerStep:
-        batch = next(products.train_stream)
-        return products.step(before, alpha, batch, keep_graph=keep_graph, remaining=horizon - t)
-
-    folded = fold(estimator, carried, alpha, state, horizon, make_step)
-    validated = folded.end.validated
-    val_loss = None if validated is None else validated.loss
-    return _RollOut(alpha, folded.end.after, folded.estimate, val_loss, folded.carried)
-
-
-def _mean(roll_outs: list[_RollOut]) -> _RollOut:
-    """The first, with all episodes' mean hypergradient and validation loss."""
-    total = reduce(trees.add, (roll_out.hypergradient for roll_out in roll_outs))
-    losses = [roll_out.val_loss for roll_out in roll_outs if roll_out.val_loss is not None]
-    val_loss = torch.stack(losses).mean() if losses else None
-    return roll_outs[0]._replace(hypergradient=trees.scale(1 / len(roll_outs), total), val_loss=val_loss)
-
-
 class _Outer:
     """A torch optimizer as a function from a point to the next α and its own next state."""
 
@@ -454,11 +454,11 @@ class _Outer:
 
 def _evaluate(
     problem: Problem, products: Products, alpha: Tensors, carried: TrainState, k: int, options: DescentOptions
-) -> Evaluation:
+) -> Walk[Evaluation]:
     if isinstance(options.protocol, Online):
         return evaluation.evaluate(products, alpha, carried, k, options.seed)
     assert options.protocol.n_steps is not None
-    return evaluation.retrain(problem, products, alpha, options.protocol.n_steps, k, options.seed)
+    return (yield from evaluation.retrain(problem, products, alpha, options.protocol.n_steps, k, options.seed))
 
 
 def _as_dict(instance: Any) -> dict[str, Any]:
@@ -485,5 +485,5 @@ def _warn_of_idle(hypergradient: Tensors, estimator: Estimator[Any]) -> None:
         warnings.warn(
             f"{estimator} sees no effect of the hyperparameters {idle}: their hypergradient is exactly zero. Check "
             "that a loss or the update rule reads them, and that the estimator looks through the one that does.",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -21,6 +21,7 @@ from optuna_greedyhg.hypergrad.episodes import Problem
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.products import Products, TrainState
 from optuna_greedyhg.hypergrad.trees import Tensors
+from optuna_greedyhg.hypergrad.work import Training, Walk
 
 _STEPS_BETWEEN_CHECKS = 50
 
@@ -74,7 +75,7 @@ class Online:
 Protocol = Retrain | Online
 
 
-def train(products: Products, alpha: Tensors, n_steps: int, seed: int) -> TrainState:
+def train(products: Products, alpha: Tensors, n_steps: int, seed: int) -> Walk[TrainState]:
     """The weights after ``n_steps`` steps from w_0 with α fixed; stops early once they are not finite any more.
 
     Args:
@@ -85,10 +86,13 @@ def train(products: Products, alpha: Tensors, n_steps: int, seed: int) -> TrainS
     """
     state = products.initial_state()
     with products.problem.seeded(seed):
-        for t, batch in enumerate(products.problem.first_batches(n_steps), start=1):
-            state = products.step(state, alpha, batch).after
-            if t % _STEPS_BETWEEN_CHECKS == 0 and not state.is_finite():
-                break
+        batches = products.problem.first_batches(n_steps)
+        random_state = products.problem.random_state()
+    for done in range(0, n_steps, _STEPS_BETWEEN_CHECKS):
+        n = min(_STEPS_BETWEEN_CHECKS, n_steps - done)
+        state, random_state = yield Training(products, alpha, state, batches, n, random_state)
+        if not state.is_finite():
+            break
     return state
 
 
@@ -104,19 +108,25 @@ def evaluate(products: Products, alpha: Tensors, state: TrainState, outer_step: 
 
 def retrain(
     problem: Problem, products: Products, alpha: Tensors, n_steps: int, outer_step: int, seed: int
-) -> Evaluation:
+) -> Walk[Evaluation]:
     """The mean scores of trainings from w_0 on the problem's held-out episodes, which are the problem itself if alone.
 
     The episodes that are there to be tested on are trained and evaluated likewise, at nobody's cost.
     """
+    # α does not move in it, so that its values are worth computing once.
+    values, products = trees.clone(dict(products.values(alpha))), products.at_values()
 
-    def judged(episode: BilevelProblem, cost: Cost | None = None) -> Evaluation:
+    def judged(episode: BilevelProblem, cost: Cost | None = None) -> Walk[Evaluation]:
         its = products.on(episode, cost)
-        return evaluate(its, alpha, train(its, alpha, n_steps, seed), outer_step, seed)
+        state = yield from train(its, values, n_steps, seed)
+        return evaluate(its, values, state, outer_step, seed)
 
-    val = [judged(episode) for episode in problem.val_episodes]
-    test = [judged(episode, Cost()).scores for episode in problem.test_episodes]
-    test_scores = test or [evaluation.test_scores for evaluation in val]
+    val, test = [], []
+    for episode in problem.val_episodes:
+        val.append((yield from judged(episode)))
+    for episode in problem.test_episodes:
+        test.append((yield from judged(episode, Cost())))
+    test_scores = [evaluation.scores for evaluation in test] or [evaluation.test_scores for evaluation in val]
     return replace(val[0], scores=_mean([evaluation.scores for evaluation in val]), test_scores=_mean(test_scores))
 
 

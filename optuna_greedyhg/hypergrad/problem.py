@@ -31,6 +31,7 @@ from torch.func import functional_call
 from optuna_greedyhg.hypergrad import batches, randomness, trees
 from optuna_greedyhg.hypergrad.batches import Batch, Source, Stream
 from optuna_greedyhg.hypergrad.domains import Hyperparameter
+from optuna_greedyhg.hypergrad.randomness import RandomState
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 
@@ -220,6 +221,14 @@ class BilevelProblem:
     def seeded(self, seed: int) -> AbstractContextManager[None]:
         """Within the block, dropout, augmentation and the order of batches are those of ``seed``."""
         return randomness.seeded(seed, self.device, self._generators)
+
+    def random_state(self) -> RandomState:
+        """The state of the generators that training may draw from."""
+        return randomness.capture(self.device, self._generators)
+
+    def restored(self, state: RandomState) -> AbstractContextManager[None]:
+        """Within the block, these generators go on from a state that they, or an equal problem's, were in."""
+        return randomness.restored(state, self.device, self._generators)
 
     def first_batches(self, n: int) -> Iterator[Batch]:
         """The first ``n`` training batches, the same each time; those of a one-shot iterator are kept in memory."""

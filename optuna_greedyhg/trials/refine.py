@@ -23,12 +23,14 @@ from optuna_greedyhg.hypergrad.descent import (
     OuterOptimizer,
     OuterStep,
     achieved_at,
-    descend,
+    descent,
+    next_step,
 )
 from optuna_greedyhg.hypergrad.episodes import Problem
 from optuna_greedyhg.hypergrad.estimators import Estimator, Greedy
 from optuna_greedyhg.hypergrad.evaluation import Online, Protocol
 from optuna_greedyhg.hypergrad.update_rules import UpdateRule
+from optuna_greedyhg.hypergrad.work import Walk, at_once
 from optuna_greedyhg.trials import records
 from optuna_greedyhg.trials.alpha import Alpha
 from optuna_greedyhg.trials.checkpoints import Checkpoints, heartbeat_interval
@@ -43,6 +45,7 @@ _logger = logging.getLogger("optuna.greedyhg")
 Callback = Callable[[BaseTrial, OuterStep], None]
 
 
+@at_once
 def refine(
     trial: BaseTrial,
     problem: Problem,
@@ -66,7 +69,7 @@ def refine(
     artifact_store: ArtifactStore | None = None,
     checkpoint_every: int | None = None,
     callbacks: Sequence[Callback] = (),
-) -> float:
+) -> Walk[float]:
     """Refines a trial's hyperparameters by hypergradients while the model trains, and returns the trial's value.
 
     The value is the best score of any α that was evaluated, the seed among them, under one declared protocol. By
@@ -165,17 +168,13 @@ def refine(
             until, estimator = checkpoint["until"], estimator if checkpoint["refined"] else None
         elif estimator is not None and not seed_is_judged and decide(policy, trial, None, options) == 0:
             estimator = None  # trains as long, under the seed
-        descent = descend(
-            problem,
-            alpha.hyperparameters,
-            update_rule=update_rule,
-            estimator=estimator,
-            options=options,
-            resume_from=None if checkpoint is None else checkpoint["resume_point"],
-        )
+        resume_from = None if checkpoint is None else checkpoint["resume_point"]
+        steps = descent(problem, alpha.hyperparameters, update_rule, estimator, options, resume_from)
         if checkpoint is None:
             records.write(trial, described)
-        for step in descent:
+        stopped = ""
+        while not stopped:
+            step = yield from next_step(steps)
             recorder.observe(step)
             if step.index == 0:
                 if estimator is not None and seed_is_judged:
@@ -184,9 +183,7 @@ def refine(
             for callback in callbacks:
                 callback(trial, step)
             stopped = _reason_to_stop(trial, step, until, deadline)
-            if stopped:
-                break
-            if checkpoints.is_due(step.index):
+            if not stopped and checkpoints.is_due(step.index):
                 decided = {"until": until, "refined": estimator is not None}
                 checkpoints.save({**decided, **recorder.standing(), "resume_point": step.resume_point})
     except (Exception, KeyboardInterrupt) as error:  # what was found until now is kept, and the error goes on its way
@@ -400,5 +397,5 @@ def _warn_of_patient_pruner(trial: BaseTrial) -> None:
         warnings.warn(
             "PatientPruner prunes when reports get worse, which those of refine() never do, as they are the best so "
             "far; give refine() a patience, and the study the pruner that PatientPruner wraps, if any.",
-            stacklevel=3,
+            stacklevel=4,
         )

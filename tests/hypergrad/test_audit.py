@@ -27,6 +27,7 @@ from optuna_greedyhg.hypergrad.estimators import (
 from optuna_greedyhg.hypergrad.spectral import Spectral
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import SGD
+from optuna_greedyhg.hypergrad.work import at_once
 from tests import reference
 from tests.problems import CPU, SPECIMENS, UPDATE_RULES, Case, Specimen, bowl, toy
 
@@ -259,7 +260,9 @@ class TestTheWindow:
 
         problem = case.specimen.problem()
         domains = {name: h.domain for name, h in case.hyperparameters.items()}
-        end = evaluation.train(audit.Products(problem, domains, case.rule), case.alpha(), AT_STEP + HORIZON, SEED)
+        end = at_once(evaluation.train)(
+            audit.Products(problem, domains, case.rule), case.alpha(), AT_STEP + HORIZON, SEED
+        )
         torch.testing.assert_close(seen["quiet"][HORIZON - 1][1], end.parameters, rtol=0, atol=0)
 
     def test_another_seed_gives_another(self):

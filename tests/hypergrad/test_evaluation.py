@@ -4,6 +4,7 @@ import torch
 from optuna_greedyhg.hypergrad import evaluation
 from optuna_greedyhg.hypergrad.evaluation import Retrain
 from optuna_greedyhg.hypergrad.update_rules import SGD
+from optuna_greedyhg.hypergrad.work import at_once
 from tests import reference
 from tests.problems import SPECIMENS, UPDATE_RULES, Case, bowl, float64, toy
 
@@ -13,7 +14,7 @@ from tests.problems import SPECIMENS, UPDATE_RULES, Case, bowl, float64, toy
 def test_retraining_agrees_with_torch_optim_in_weights_and_scores(rule, specimen):
     case = Case(SPECIMENS[specimen](), UPDATE_RULES[rule])
     products, alpha = case.products(), case.alpha()
-    state = evaluation.train(products, alpha, n_steps=7, seed=3)
+    state = at_once(evaluation.train)(products, alpha, n_steps=7, seed=3)
     *_, module = reference.by_torch_optim(case, alpha, n_steps=7, seed=3)
     module.eval()
     torch.testing.assert_close(state.parameters, dict(module.named_parameters()), rtol=1e-11, atol=1e-13)
@@ -34,7 +35,7 @@ def test_a_training_depends_on_alpha_and_the_seed_and_nothing_else():
     alpha = case.alpha()
 
     def weights(seed):
-        return evaluation.train(case.products(), alpha, n_steps=5, seed=seed).parameters["0.weight"]
+        return at_once(evaluation.train)(case.products(), alpha, n_steps=5, seed=seed).parameters["0.weight"]
 
     first = weights(0)
     torch.rand(13)
@@ -46,7 +47,7 @@ def test_costs_are_counted_in_examples_and_the_test_split_is_free():
     case = Case(SPECIMENS["minibatches"](), SGD(lr=0.1))
     products, alpha = case.products(), case.alpha()
     products.problem = case.specimen.problem(test_batches=case.specimen.val_batches[:1])
-    state = evaluation.train(products, alpha, n_steps=4, seed=0)
+    state = at_once(evaluation.train)(products, alpha, n_steps=4, seed=0)
     result = evaluation.evaluate(products, alpha, state, 0, seed=0)
     assert products.cost.n_train_gradients == 4 + 3 + 5 + 4
     assert products.cost.n_evaluations == 3 + 5
@@ -59,7 +60,7 @@ def test_costs_are_counted_in_examples_and_the_test_split_is_free():
 def test_a_training_that_diverges_ends_early():
     case = Case(bowl(), SGD(lr=1e30))
     products = case.products()
-    state = evaluation.train(products, case.alpha(), n_steps=10_000, seed=0)
+    state = at_once(evaluation.train)(products, case.alpha(), n_steps=10_000, seed=0)
     assert not state.is_finite()
     assert products.cost.n_train_gradients < 100
 

@@ -15,6 +15,7 @@ import optuna_greedyhg as ghg
 from optuna_greedyhg.hypergrad import evaluation
 from optuna_greedyhg.hypergrad.domains import to_coordinates
 from optuna_greedyhg.hypergrad.products import Products
+from optuna_greedyhg.hypergrad.work import at_once
 from optuna_greedyhg.tasks import FROM_FOLDER, TASKS, Task, make_objective, make_task
 from tests.tasks.idx import write_folder
 
@@ -63,7 +64,9 @@ def test_trains_at_its_defaults(name: str) -> None:
     products = Products(first, {key: h.domain for key, h in alpha.hyperparameters.items()}, rule)
     coordinates = to_coordinates(alpha.hyperparameters, first.device, first.dtype)
     losses = [
-        evaluation.evaluate(products, coordinates, evaluation.train(products, coordinates, n, 0), 0, 0).scores["loss"]
+        evaluation.evaluate(products, coordinates, at_once(evaluation.train)(products, coordinates, n, 0), 0, 0).scores[
+            "loss"
+        ]
         for n in (0, 5 if problem.episodic else 60)
     ]
     assert losses[1] < 0.95 * losses[0]
