@@ -23,6 +23,7 @@ from optuna_greedyhg.hypergrad.spectral import Spectral
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW, UpdateRule
 from optuna_greedyhg.report.dashboard import publish
 from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.batched import optimize_batched
 from optuna_greedyhg.trials.lost import requeue_lost_trials
 from optuna_greedyhg.trials.policies import Always, Budget, Fraction, Never, Policy, Promising
 from optuna_greedyhg.trials.records import refined_params, refined_weights
@@ -75,6 +76,7 @@ __all__ = [
     "Unbounded",
     "UpdateRule",
     "descend",
+    "optimize_batched",
     "publish",
     "refine",
     "refined_params",

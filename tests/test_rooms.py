@@ -14,11 +14,12 @@ HYPERGRAD = sorted(PACKAGE.glob("hypergrad/**/*.py"))
 
 ROOMS = ("hypergrad", "trials", "report", "tasks", "cli")
 FLOORS = (
-    {"trees", "cost", "clock", "peak_memory", "convolution"},
+    {"trees", "cost", "clock", "peak_memory", "convolution", "likeness"},
     {"domains", "randomness"},
     {"batches"},
     {"problem", "update_rules"},
     {"episodes"},
+    {"stacking"},
     {"products"},
     {"prices"},
     {"curvature"},

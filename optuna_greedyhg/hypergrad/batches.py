@@ -7,9 +7,9 @@ tensor, a dictionary, or a tuple of tensors and dictionaries with at least one t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -153,14 +153,47 @@ def is_same(x: Batch, y: Batch) -> bool:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The same batch with its tensors on ``device``; other objects pass through."""
+    return _mapped(batch, lambda x: x.to(device, non_blocking=True))
+
+
+class Stacked(NamedTuple):
+    """Batches that have the same shapes, as one.
+
+    Attributes:
+        tensors: Theirs, in the order in which they are found in a batch: side by side, or the one that all share.
+        dims: Of each, 0 where they are side by side, and ``None`` where it is shared.
+        example: One of the batches.
+    """
+
+    tensors: list[Tensor]
+    dims: list[int | None]
+    example: Batch
+
+    def batch_of(self, tensors: Iterable[Tensor]) -> Batch:
+        """A batch like these, with other tensors."""
+        ordered = iter(tensors)
+        return _mapped(self.example, lambda _: next(ordered))
+
+
+def stack(many: Sequence[Batch]) -> Stacked:
+    """Batches of one ``kind_of`` as one; what they all have in the same memory is not copied."""
+    tensors: list[Tensor] = []
+    dims: list[int | None] = []
+    for parts in zip(*(_tensors(batch) for batch in many), strict=True):
+        shared = all(_is_same_memory(part, parts[0]) for part in parts)
+        tensors.append(parts[0] if shared else torch.stack(parts))
+        dims.append(None if shared else 0)
+    return Stacked(tensors, dims, many[0])
+
+
+def kind_of(batch: Batch) -> Any:
+    """What batches must have in common to be stacked: all but their tensors' entries."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.shape, batch.dtype, batch.device
     if isinstance(batch, Mapping):
-        return {key: to_device(item, device) for key, item in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
-        return type(batch)(*(to_device(item, device) for item in batch))
+        return [(key, kind_of(item)) for key, item in batch.items()]
     if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(item, device) for item in batch)
+        return type(batch), [kind_of(item) for item in batch]
     return batch
 
 
@@ -173,6 +206,23 @@ def _tensors(batch: Batch) -> Iterator[Tensor]:
     elif isinstance(batch, (tuple, list)):
         for item in batch:
             yield from _tensors(item)
+
+
+def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """The same batch with other tensors, made from its own in the order of ``_tensors``."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: _mapped(item, function) for key, item in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):  # a namedtuple
+        return type(batch)(*(_mapped(item, function) for item in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_mapped(item, function) for item in batch)
+    return batch
+
+
+def _is_same_memory(x: Tensor, y: Tensor) -> bool:
+    return x is y or (x.data_ptr() == y.data_ptr() and x.stride() == y.stride())
 
 
 def _is_full_batch(batches: Any) -> bool:

@@ -27,6 +27,13 @@ class Cost:
         """One number, in gradients of one example: a product counts as one, an evaluation as a third."""
         return Prices().of(self)
 
+    def charge(self, other: Cost) -> None:
+        """Adds another to this one, for all who count on it."""
+        self.n_train_gradients += other.n_train_gradients
+        self.n_val_gradients += other.n_val_gradients
+        self.n_products += other.n_products
+        self.n_evaluations += other.n_evaluations
+
     def __add__(self, other: Cost) -> Cost:
         return Cost(
             self.n_train_gradients + other.n_train_gradients,

@@ -153,16 +153,29 @@ class Values(Mapping[str, Tensor]):
         self._domains = domains
         self._coordinates = coordinates
         self._values: Tensors = {}
+        self._used: set[str] = set()
 
     @property
     def used(self) -> frozenset[str]:
-        return frozenset(self._values)
+        return frozenset(self._used)
+
+    @property
+    def coordinates(self) -> Mapping[str, Tensor]:
+        """Where they are."""
+        return self._coordinates
+
+    def at(self, coordinates: Mapping[str, Tensor]) -> Values:
+        """The same groups elsewhere; what is read there counts as read here."""
+        other = Values(self._domains, coordinates)
+        other._used = self._used
+        return other
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._domains:
             raise KeyError(
                 f"No hyperparameter {name!r}; there are {sorted(self._domains)}. Declare it before the loss reads it."
             )
+        self._used.add(name)
         if name not in self._values:
             self._values[name] = self._domains[name].to_value(self._coordinates[name])
         return self._values[name]

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from optuna_greedyhg.hypergrad import batches, randomness, trees
+from optuna_greedyhg.hypergrad import batches, likeness, randomness, trees
 from optuna_greedyhg.hypergrad.batches import Batch, Source, Stream
 from optuna_greedyhg.hypergrad.domains import Hyperparameter
 from optuna_greedyhg.hypergrad.randomness import RandomState
@@ -185,6 +185,11 @@ class BilevelProblem:
         return ()
 
     @property
+    def vectorized(self) -> bool:
+        """Whether its losses are called under ``torch.vmap``, which not every function of autograd knows."""
+        return False
+
+    @property
     def outer_parameters(self) -> Tensors:
         """The parameters that are hyperparameters, by name: where each starts."""
         return dict(self._outer)
@@ -238,6 +243,11 @@ class BilevelProblem:
         return iter(self._kept[:n])
 
     @property
+    def has_fixed_batches(self) -> bool:
+        """Whether no random number is ever drawn for a batch: they are in lists."""
+        return isinstance(self._train_source, list) and isinstance(self._val_source, list)
+
+    @property
     def n_kept_batches(self) -> int:
         """How many batches of a one-shot iterator ``first_batches`` has drawn, and keeps."""
         return len(self._kept)
@@ -249,6 +259,10 @@ class BilevelProblem:
     def val_stream(self) -> Stream:
         """A fresh endless stream over the validation batches."""
         return Stream(self._val_source, "val_batches")
+
+    def n_examples(self, batch: Batch) -> int:
+        """The number of examples in a batch, in which costs are counted."""
+        return batches.n_examples(batch)
 
     def train(
         self, parameters: Tensors, buffers: Tensors, alpha: Mapping[str, Tensor], batch: Batch
@@ -297,6 +311,28 @@ class BilevelProblem:
             )
         return {name: float(total) / count for name, total in sums.items()}, count
 
+    def unlike(self, other: BilevelProblem) -> str:
+        """What it computes otherwise than another problem, in words; empty if that is nothing.
+
+        Apart from their batches, initial weights, initial buffers, and metrics, two alike problems are the same.
+        """
+        kinds = {
+            "parameters": [_kinds(problem.initial_parameters) for problem in (self, other)],
+            "buffers": [_kinds(problem.initial_buffers) for problem in (self, other)],
+            "outer parameters": [_kinds(problem._outer) for problem in (self, other)],
+        }
+        for what, (own, others) in kinds.items():
+            if own != others:
+                return f"its {what} are {own}, and not {others}"
+        pairs = {
+            "frozen part": (self._constants, other._constants),
+            "module": (self._train_module, other._train_module),
+            "train_loss": (self._train_loss, other._train_loss),
+            "val_loss": (self._val_loss, other._val_loss),
+        }
+        found = [f"its {what} {why}" for what, pair in pairs.items() if (why := likeness.difference(*pair))]
+        return "; ".join(found)
+
     def require_outer_parameters(self, hyperparameters: Mapping[str, Hyperparameter]) -> None:
         """Raises ``ValueError`` if an outer parameter is missing among these, or has another shape."""
         for name, x in self._outer.items():
@@ -335,6 +371,10 @@ def _names_of(module: nn.Module, chosen: Sequence[str]) -> frozenset[str]:
             )
         found |= matching
     return frozenset(found)
+
+
+def _kinds(tree: Tensors) -> dict[str, str]:
+    return {name: f"{x.dtype}{list(x.shape)} on {x.device}" for name, x in tree.items()}
 
 
 def _scalar(loss: Any, name: str) -> Tensor:

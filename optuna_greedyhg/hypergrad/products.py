@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from optuna_greedyhg.hypergrad import batches, randomness, trees
+from optuna_greedyhg.hypergrad import randomness, trees
 from optuna_greedyhg.hypergrad.batches import Batch, Stream
 from optuna_greedyhg.hypergrad.convolution import Demand, LeanConvolutions
 from optuna_greedyhg.hypergrad.cost import Cost
@@ -92,6 +92,11 @@ class Products:
         self.val_stream: Stream = problem.val_stream()
         self.cost = Cost()
         self._domains = dict(domains)
+
+    @property
+    def domains(self) -> Mapping[str, Domain]:
+        """Every hyperparameter's domain, by name."""
+        return dict(self._domains)
 
     @property
     def position(self) -> dict[str, Any]:
@@ -163,8 +168,8 @@ class Products:
             values = self.values(z)
             loss = self.problem.validate(w, state.buffers, values, batch)
         _require_gradient(loss, "val_loss")
-        gradient, direct = _grad([loss], [w, z])
-        self.cost.n_val_gradients += batches.n_examples(batch)
+        gradient, direct = _grad([loss], [w, z], [torch.ones_like(loss)])
+        self.cost.n_val_gradients += self.problem.n_examples(batch)
         return Validation(loss.detach(), gradient, direct)
 
 
@@ -229,14 +234,15 @@ class StepRecipe:
         # The fused kernels of scaled dot-product attention have no second derivative; the plain one has.
         attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
         demand = Demand()
-        convolutions = LeanConvolutions(demand) if create_graph else nullcontext()
+        lean = create_graph and not self.products.problem.vectorized
+        convolutions = LeanConvolutions(demand) if lean else nullcontext()
         with torch.enable_grad(), attention, convolutions:
             w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
             values = self.products.values(z)
             loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)
             _require_gradient(loss, "train_loss")
-            (gradient,) = _grad([loss], [w], create_graph=create_graph)
-        self.products.cost.n_train_gradients += batches.n_examples(self.batch)
+            (gradient,) = _grad([loss], [w], [torch.ones_like(loss)], create_graph=create_graph)
+        self.products.cost.n_train_gradients += self.products.problem.n_examples(self.batch)
         return _Graph(gradient, buffers, w, z, tuple(name for name in z if name in values.used), demand)
 
 
@@ -353,7 +359,7 @@ class InnerStep:
         basis = trees.unflatten(torch.eye(n_coordinates, dtype=problem.dtype, device=example.device), recipe.alpha)
         with randomness.restored(recipe.random_state, problem.device):
             pushed = torch.func.vmap(push, randomness="same")(tangents.parameters, tangents.slots, basis)
-        recipe.products.cost.n_products += n_coordinates * batches.n_examples(recipe.batch)
+        recipe.products.cost.n_products += n_coordinates * problem.n_examples(recipe.batch)
         return Tangents(*pushed)
 
     def times_hessian(self, vectors: Tensors) -> Tensors:
@@ -397,7 +403,8 @@ class InnerStep:
         live = [name for name, g in graph.gradient.items() if g.requires_grad]
         outputs, cotangents = [graph.gradient[name] for name in live], [u[name] for name in live]
         w_bar, z_bar = _grad(outputs, [w, z], cotangents, retain_graph=self._held)
-        self.recipe.products.cost.n_products += batches.n_examples(self.recipe.batch) * (bool(z) + bool(w))
+        products = self.recipe.products
+        products.cost.n_products += products.problem.n_examples(self.recipe.batch) * (bool(z) + bool(w))
         return w_bar, z_bar
 
     def _take_update(self, of_state: bool) -> _Update:

@@ -8,7 +8,7 @@ Spectral          h_n = the response of the update rule to the curvature of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 from optuna_greedyhg.hypergrad import trees
 from optuna_greedyhg.hypergrad.products import Covector, InnerStep
@@ -32,6 +32,11 @@ class Propagator(Protocol[State]):
     def overhead(self) -> Overhead:
         """What it costs in an outer step."""
         return Overhead()
+
+    @property
+    def stackable(self) -> bool:
+        """Whether it treats all entries alike, as an estimator may."""
+        return False
 
     def reaches(self, n: int) -> bool:
         """Whether h_n is anything but zero, so that a product is worth its cost."""
@@ -62,6 +67,8 @@ class Propagator(Protocol[State]):
 class LastStep(Propagator[None]):
     """Only the last step counts: h_0 = I and all others are zero."""
 
+    stackable: ClassVar[bool] = True
+
     def reaches(self, n: int) -> bool:
         return n == 0
 
@@ -84,6 +91,7 @@ class Decay(Propagator[None]):
     """
 
     gamma: float = 0.9
+    stackable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.gamma <= 1.0:

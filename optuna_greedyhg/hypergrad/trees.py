@@ -5,7 +5,7 @@ Every function returns a new dictionary and leaves its arguments alone. Two tree
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,17 @@ def lerp(x: Mapping[str, Tensor], y: Mapping[str, Tensor], beta: float) -> Tenso
     return {name: torch.lerp(x[name], y[name], beta) for name in x}
 
 
+def stack(trees: Sequence[Mapping[str, Tensor]]) -> Tensors:
+    """One tree, of the trees' tensors side by side along a new first dimension."""
+    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
+
+
+def unstack(tree: Mapping[str, Tensor], n: int) -> list[Tensors]:
+    """The n trees that were stacked, as copies, so that one that is kept does not keep them all."""
+    parts = {name: [part.clone() for part in x.unbind()] for name, x in tree.items()}
+    return [{name: part[i] for name, part in parts.items()} for i in range(n)]
+
+
 def flatten(tree: Mapping[str, Tensor]) -> Tensor:
     """All entries in one vector."""
     return torch.cat([x.flatten() for x in tree.values()])
@@ -79,6 +90,13 @@ def norm(x: Mapping[str, Tensor]) -> Tensor:
     """The Euclidean norm over all entries, a 0-dimensional tensor."""
     result: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in x.values()]))
     return result
+
+
+def finite_entries(tensors: Iterable[Tensor]) -> list[bool]:
+    """Of each entry of the tensors' common first dimension, whether nothing in it is NaN or infinite."""
+    checks = [torch.isfinite(x.flatten(1) if x.ndim > 1 else x[:, None]).all(dim=1) for x in tensors]
+    whole: list[bool] = torch.stack(checks).all(dim=0).tolist()
+    return whole
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

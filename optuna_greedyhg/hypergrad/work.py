@@ -22,7 +22,7 @@ from torch import Tensor
 from optuna_greedyhg.hypergrad import trees
 from optuna_greedyhg.hypergrad.batches import Batch
 from optuna_greedyhg.hypergrad.episodes import Problem
-from optuna_greedyhg.hypergrad.estimators import Estimator, fold
+from optuna_greedyhg.hypergrad.estimators import Estimator, Folded, fold
 from optuna_greedyhg.hypergrad.products import InnerStep, Products, TrainState
 from optuna_greedyhg.hypergrad.randomness import RandomState
 from optuna_greedyhg.hypergrad.trees import Tensors
@@ -152,18 +152,22 @@ class Horizon:
 
     def roll_out(self, products: Products) -> RollOut:
         """The horizon for one problem, with the random numbers that come."""
-
-        def make_step(before: TrainState, t: int, keep_graph: bool) -> InnerStep:
-            batch = next(products.train_stream)
-            return products.step(before, self.alpha, batch, keep_graph=keep_graph, remaining=self.n_steps - t)
-
-        folded = fold(self.estimator, self.carried, self.alpha, self.state, self.n_steps, make_step)
+        folded = self.fold(products)
         validated = folded.end.validated
         val_loss = None if validated is None else validated.loss
         state, hypergradient = folded.end.after, folded.estimate
         asked = [] if val_loss is None else [val_loss]
         is_finite = trees.all_finite([*state.parameters.values(), *hypergradient.values(), *asked])
         return RollOut(state, hypergradient, val_loss, folded.carried, is_finite)
+
+    def fold(self, products: Products) -> Folded:
+        """The steps, folded by the estimator."""
+
+        def make_step(before: TrainState, t: int, keep_graph: bool) -> InnerStep:
+            batch = next(products.train_stream)
+            return products.step(before, self.alpha, batch, keep_graph=keep_graph, remaining=self.n_steps - t)
+
+        return fold(self.estimator, self.carried, self.alpha, self.state, self.n_steps, make_step)
 
 
 def _mean(roll_outs: list[RollOut]) -> RollOut:

@@ -57,6 +57,11 @@ class Estimator(Protocol[Memory]):
         """Whether its zeros are not those of the hypergradient when every outer step trains again from w_0."""
         return False
 
+    @property
+    def stackable(self) -> bool:
+        """Whether it treats all entries of its trees alike: then those of many descents can be side by side in one."""
+        return False
+
     def keeps_graph(self, t: int, horizon: int) -> bool:
         """Whether step t will be asked for a product before the next one, from the training step's own graph."""
         return False

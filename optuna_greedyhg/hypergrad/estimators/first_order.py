@@ -29,6 +29,8 @@ class FirstOrder(Estimator[None]):
         own_hyperparameters=False,
     )
 
+    stackable: ClassVar[bool] = True
+
     def init(self, alpha: Tensors) -> None:
         return None
 

@@ -30,6 +30,8 @@ class Fixed(Estimator[Tensors]):
         own_hyperparameters=False,
     )
 
+    stackable: ClassVar[bool] = True
+
     def init(self, alpha: Tensors) -> Tensors:
         return trees.zeros_like(alpha)
 

@@ -83,6 +83,10 @@ class Greedy(Estimator[Sum]):
     def biased_in_restart_mode(self) -> bool:
         return not self.terminal and self._propagator.reaches(1)
 
+    @property
+    def stackable(self) -> bool:
+        return self._propagator.stackable
+
     def keeps_graph(self, t: int, horizon: int) -> bool:
         return not self.terminal and self._propagator.reaches(horizon - t)
 

@@ -40,6 +40,8 @@ class Reverse(Estimator[tuple[InnerStep, ...]]):
         own_hyperparameters=True,
     )
 
+    stackable: ClassVar[bool] = True
+
     def init(self, alpha: Tensors) -> tuple[InnerStep, ...]:
         return ()
 
