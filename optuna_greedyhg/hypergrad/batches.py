@@ -177,11 +177,12 @@ class Stacked(NamedTuple):
 
 def stack(many: Sequence[Batch]) -> Stacked:
     """Batches of one ``kind_of`` as one; what they all have in the same memory is not copied."""
+    distinct = {id(batch): [*_tensors(batch)] for batch in many}
     tensors: list[Tensor] = []
     dims: list[int | None] = []
-    for parts in zip(*(_tensors(batch) for batch in many), strict=True):
-        shared = all(_is_same_memory(part, parts[0]) for part in parts)
-        tensors.append(parts[0] if shared else torch.stack(parts))
+    for k, first in enumerate(distinct[id(many[0])]):
+        shared = all(_is_same_memory(of_one[k], first) for of_one in distinct.values())
+        tensors.append(first if shared else torch.stack([distinct[id(batch)][k] for batch in many]))
         dims.append(None if shared else 0)
     return Stacked(tensors, dims, many[0])
 

@@ -438,18 +438,27 @@ class _Outer:
         self._optimizer = make_optimizer(list(self._leaves.values()))
         if isinstance(self._optimizer, torch.optim.LBFGS):
             raise ValueError("The outer optimizer must step without a closure, which LBFGS does not; use Adam or SGD.")
-        self.initial_state = copy.deepcopy(self._optimizer.state_dict())
+        self.initial_state = _copied(self._optimizer.state_dict())
 
     def step(self, point: _Point, scale: float) -> tuple[Tensors, dict[str, Any]]:
         """α after one step from ``point``, its length times ``scale``; and the optimizer's state after it."""
-        self._optimizer.load_state_dict(copy.deepcopy(point.optimizer_state))  # it keeps and mutates what it loads
+        self._optimizer.load_state_dict(_copied(point.optimizer_state))  # it keeps and mutates what it loads
         with torch.no_grad():
             for name, leaf in self._leaves.items():
                 leaf.copy_(point.alpha[name])
                 leaf.grad = point.hypergradient[name].clone()
         self._optimizer.step()
         displacement = trees.sub(trees.clone(self._leaves), point.alpha)
-        return trees.add_scaled(point.alpha, scale, displacement), copy.deepcopy(self._optimizer.state_dict())
+        return trees.add_scaled(point.alpha, scale, displacement), _copied(self._optimizer.state_dict())
+
+
+def _copied(state: Any) -> Any:
+    """A torch optimizer's state that nobody else mutates, many times faster than by ``copy.deepcopy``."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, dict):
+        return {key: _copied(item) for key, item in state.items()}
+    return [_copied(item) for item in state] if isinstance(state, list) else copy.deepcopy(state)
 
 
 def _evaluate(

@@ -53,15 +53,20 @@ class LanesBatch(NamedTuple):
 
 def side_by_side(many: Sequence[Batch], device: torch.device) -> LanesBatch:
     """The lanes' batches as one, on a device."""
-    kinds: list[Any] = []
+    distinct = {id(batch): batch for batch in many}  # few, where lanes go through one list
     members: list[list[int]] = []
-    for i, batch in enumerate(many):
+    kinds: list[Any] = []
+    kind_at: dict[int, int] = {}
+    for key, batch in distinct.items():
         kind = batches.kind_of(batch)
         if kind not in kinds:
             kinds.append(kind)
             members.append([])
-        members[kinds.index(kind)].append(i)
-    n_examples = torch.tensor([batches.n_examples(batch) for batch in many])
+        kind_at[key] = kinds.index(kind)
+    for i, batch in enumerate(many):
+        members[kind_at[id(batch)]].append(i)
+    sizes = {key: batches.n_examples(batch) for key, batch in distinct.items()}
+    n_examples = torch.tensor([sizes[id(batch)] for batch in many])
     if len(members) == 1:
         return LanesBatch([Part(None, _stacked(many, device))], None, n_examples)
     parts = [Part(torch.tensor(lanes, device=device), _stacked([many[i] for i in lanes], device)) for lanes in members]
