@@ -47,6 +47,7 @@ def test_methods_get_equal_budgets_on_the_same_seeds_and_are_carried_on(
     printed = " ".join(capsys.readouterr().out.split())
     assert "Against defaults, seed by seed" in printed
     assert "cannot go below 0.5 with 2 seeds" in printed
+    assert "when the end of defaults was reached" in printed
     assert "Picture: none, as no Chrome or Chromium was found" in printed
     assert "greedyhg compare: digits-l2" in Path("out/comparison.html").read_text(encoding="utf-8")
 

@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from optuna_greedyhg.cli.console import StudyProgress, against_table, scores_table
+from optuna_greedyhg.cli.console import StudyProgress, against_table, anytime_table, scores_table
 from optuna_greedyhg.cli.options import (
     Data,
     Device,
@@ -30,7 +30,7 @@ from optuna_greedyhg.report.comparison import Statistics, statistics_of
 from optuna_greedyhg.report.comparison_page import comparison_page
 from optuna_greedyhg.report.files import write_whole
 from optuna_greedyhg.report.runs import Run
-from optuna_greedyhg.report.wording import against_note, ranking_note
+from optuna_greedyhg.report.wording import against_note, anytime_note, ranking_note
 from optuna_greedyhg.tasks import TASKS, Task
 from optuna_greedyhg.tasks.comparison import TPE, Yardstick, measure, recorded_yardstick
 from optuna_greedyhg.tasks.comparison import compare as run_methods
@@ -90,7 +90,7 @@ def compare(
         except OtherStudyError as error:
             raise typer.BadParameter(str(error), param_hint="--storage") from error
         progress.finish()
-    statistics = statistics_of(runs, _reference(chosen))
+    statistics = statistics_of(runs, _reference(chosen), limit)
     settings = {"task": name, "seeds": seeds, "n_full_trainings": budget, "budget": limit, "device": target.type}
     _write(
         out,
@@ -105,7 +105,9 @@ def compare(
     console.print(scores_table(statistics))
     if len(chosen) > 1:
         console.print(against_table(statistics))
-        console.print(against_note(statistics), ranking_note(statistics), sep="\n", highlight=False, markup=False)
+        console.print(anytime_table(statistics))
+        notes = against_note(statistics), anytime_note(statistics), ranking_note(statistics)
+        console.print(*notes, sep="\n", highlight=False, markup=False)
     for run in runs:
         if run.cost < limit and run.method != DEFAULTS:
             console.print(f"{run.method}, seed {run.seed}: given up after three failed trials; see the messages above")

@@ -17,7 +17,7 @@ from optuna_greedyhg.hypergrad.audit import AuditRow
 from optuna_greedyhg.hypergrad.descent import OuterStep
 from optuna_greedyhg.report.comparison import Statistics
 from optuna_greedyhg.report.summary import MethodSummary
-from optuna_greedyhg.report.wording import against_cells, shown_scores, spread_lines
+from optuna_greedyhg.report.wording import against_cells, anytime_cells, shown_scores, spread_lines
 
 _MAX_GROUPS = 4
 _SHORT = {"val_loss": "val loss", "test_loss": "test loss", "test_accuracy": "test acc."}
@@ -147,6 +147,19 @@ def against_table(statistics: Statistics) -> Table:
     for row in statistics.rows:
         for k, score in enumerate(shown_scores(statistics) if row.against else ()):
             table.add_row("" if k else row.name, _SHORT[score], *against_cells(score, row))
+    return table
+
+
+def anytime_table(statistics: Statistics) -> Table:
+    """Rows of a method for each loss: when it came to what the reference has ended with, and its mean on the way."""
+    table = _table(f"On the way to the budget, and when the end of {statistics.reference} was reached")
+    table.add_column("method", no_wrap=True, vertical="bottom")
+    table.add_column("score", no_wrap=True, vertical="bottom")
+    for column in ("reached", "on\nseeds", "mean on\nthe way", "won/tied\n/lost", "difference ± 95%"):
+        table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
+    for row in statistics.rows:
+        for k, score in enumerate(row.anytime):
+            table.add_row("" if k else row.name, _SHORT[score], *anytime_cells(score, row, statistics.n_seeds))
     return table
 
 

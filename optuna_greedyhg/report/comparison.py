@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from optuna_greedyhg.report.anytime import common_start, mean_along_the_way, reached_for_good
 from optuna_greedyhg.report.runs import SCORES, Run
 from optuna_greedyhg.report.statistics import Paired, Ranking, Spread, alike, holm, paired, ranking, spread
 from optuna_greedyhg.trials import records
@@ -19,6 +21,25 @@ LABELS = {
 }
 JUDGED_BY = "test_loss"
 """What methods are ranked by."""
+LOSSES = ("val_loss", "test_loss")
+
+
+@dataclass(frozen=True)
+class Anytime:
+    """How soon a method has found what it has found, in one loss.
+
+    Attributes:
+        mean: Of the best so far, along the way from where all methods have found something to the end of the budget.
+        against: The same, compared with the reference method; ``None`` for the reference itself.
+        reached: The share of the budget after which the best so far was for good no worse than what the reference has
+            ended with: the median over seeds, infinite where that is a seed that never came there.
+        n_reached: On how many seeds it came there.
+    """
+
+    mean: Spread
+    against: Paired | None
+    reached: float
+    n_reached: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +53,7 @@ class MethodRow:
         scores: By name, those of ``SCORES`` that runs have.
         against: Likewise, compared with the reference method; empty for the reference itself.
         p_corrected: Likewise, the p-values of the paired t-test after Holm's correction for the number of methods.
+        anytime: By name, those of ``LOSSES`` that runs have.
     """
 
     name: str
@@ -41,6 +63,7 @@ class MethodRow:
     scores: Mapping[str, Spread]
     against: Mapping[str, Paired]
     p_corrected: Mapping[str, float]
+    anytime: Mapping[str, Anytime]
 
 
 @dataclass(frozen=True)
@@ -73,12 +96,13 @@ class Statistics:
         return plain
 
 
-def statistics_of(runs: Sequence[Run], reference: str) -> Statistics:
+def statistics_of(runs: Sequence[Run], reference: str, budget: float) -> Statistics:
     """Compares methods, all of which have a run on every seed.
 
     Args:
         runs: In any order.
         reference: One of their methods.
+        budget: What each run was allowed to cost.
     """
     by_method: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
@@ -101,11 +125,30 @@ def statistics_of(runs: Sequence[Run], reference: str) -> Statistics:
             scores={s: spread([x for x in found[name][s] if math.isfinite(x)]) for s in present},
             against=against.get(name, {}),
             p_corrected={s: corrected[s][name] for s in present} if name in against else {},
+            anytime={s: _anytime(s, by_method, name, reference, budget) for s in LOSSES if s in present},
         )
         for name, its in by_method.items()
     ]
     ranked = ranking({name: [run.score(JUDGED_BY) for run in its] for name, its in by_method.items()})
     return Statistics(reference, len(by_method[reference]), tuple(rows), ranked)
+
+
+def _anytime(score: str, by_method: Mapping[str, Sequence[Run]], name: str, reference: str, budget: float) -> Anytime:
+    starts = [common_start(runs) for runs in zip(*by_method.values(), strict=True)]
+
+    def means(method: str) -> list[float]:
+        return [
+            mean_along_the_way(run, score, start, budget) for run, start in zip(by_method[method], starts, strict=True)
+        ]
+
+    pairs = zip(by_method[name], by_method[reference], strict=True)
+    shares = [reached_for_good(run, score, its.score(score)) / budget for run, its in pairs]
+    return Anytime(
+        mean=spread([x for x in means(name) if math.isfinite(x)]),
+        against=None if name == reference else paired(means(name), means(reference)),
+        reached=statistics.median(shares),
+        n_reached=sum(math.isfinite(share) for share in shares),
+    )
 
 
 def _maximize(score: str) -> bool:

@@ -11,7 +11,15 @@ from optuna_greedyhg.report.comparison_figures import anytime, average_ranks
 from optuna_greedyhg.report.html import figure_html, whole_page
 from optuna_greedyhg.report.runs import Run
 from optuna_greedyhg.report.statistics import Spread
-from optuna_greedyhg.report.wording import against_cells, against_note, ranking_note, shown_scores, spread_lines
+from optuna_greedyhg.report.wording import (
+    against_cells,
+    against_note,
+    anytime_cells,
+    anytime_note,
+    ranking_note,
+    shown_scores,
+    spread_lines,
+)
 
 
 def comparison_page(
@@ -51,6 +59,8 @@ def comparison_page(
         ),
         figure_html("seconds", anytime(by_method, "seconds"), _SECONDS_CAPTION),
         "</div>",
+        _anytime_table(statistics, colors),
+        f'<p class="note">{html.escape(anytime_note(statistics))}</p>',
     ]
     if len(statistics.rows) > 1:
         figure, caption = average_ranks(statistics.ranking, colors), f"{ranking_note(statistics)} {_RANKS_CAPTION}"
@@ -91,6 +101,15 @@ def _against_table(statistics: Statistics, colors: Mapping[str, str]) -> str:
     ]
     header = ["Score", "Won/tied/lost", "Difference ± 95%", "p", "Wilcoxon's p"]
     return _table(header, lines, colors) if lines else "<p>There is no other method.</p>"
+
+
+def _anytime_table(statistics: Statistics, colors: Mapping[str, str]) -> str:
+    lines = [
+        ("" if k else row.name, [LABELS[score].capitalize(), *anytime_cells(score, row, statistics.n_seeds)])
+        for row in statistics.rows
+        for k, score in enumerate(row.anytime)
+    ]
+    return _table(["Score", "Reached", "Seeds", "Mean on the way", "Won/tied/lost", "Difference ± 95%"], lines, colors)
 
 
 def _table(header: Sequence[str], lines: Sequence[tuple[str, Sequence[str]]], colors: Mapping[str, str]) -> str:

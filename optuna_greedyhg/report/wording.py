@@ -30,6 +30,35 @@ def against_cells(score: str, row: MethodRow) -> list[str]:
     ]
 
 
+def anytime_cells(score: str, row: MethodRow, n_seeds: int) -> list[str]:
+    """When a method came to what the reference has ended with, and its mean along the way, alone and compared."""
+    x = row.anytime[score]
+    versus = (
+        ["", ""]
+        if x.against is None
+        else [
+            f"{x.against.wins}/{x.against.ties}/{x.against.losses}",
+            plus_minus(score, x.against.mean_difference, x.against.half_width),
+        ]
+    )
+    return [
+        "never" if math.isinf(x.reached) else f"{100 * x.reached:.0f}%",
+        f"{x.n_reached} of {n_seeds}",
+        number(score, x.mean.median),
+        *versus,
+    ]
+
+
+def anytime_note(statistics: Statistics) -> str:
+    """What the numbers about the way are."""
+    return (
+        f"Reached is the share of the budget, in the median over seeds, after which the best so far was for good no "
+        f"worse than what {statistics.reference} has ended with on that seed, and on how many seeds it ever was. The "
+        "mean is that of the best so far along the way, from where all methods have found something to the end of the "
+        "budget; won/tied/lost and the difference are to the reference's."
+    )
+
+
 def against_note(statistics: Statistics) -> str:
     """What the p-values are, and are not, with so few seeds."""
     n = statistics.n_seeds

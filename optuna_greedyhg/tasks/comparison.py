@@ -100,13 +100,13 @@ def recorded_yardstick(storage: BaseStorage, task: str) -> Yardstick | None:
 
 
 def identity_of(task: str, method: Method, seed: int, *, device: torch.device, settings: Settings) -> dict[str, Any]:
-    """What must be the same for a run to be carried on."""
+    """What must be the same for a run to be carried on; how α moves is nothing to one that does not refine."""
     return {
         "task": task,
         "task_seed": seed,
         "method": method.name,
         "estimator": str(method.estimator),
-        "settings": str(settings),
+        "settings": str(settings if method.estimator is not None else settings.evaluate),
         "device": device.type,
     }
 

@@ -1,12 +1,14 @@
 """Runs and their curves, read from studies made by hand."""
 
 import json
+import math
 from datetime import timedelta
 
 import pytest
 from optuna.trial import TrialState
 
 from optuna_greedyhg.hypergrad.cost import Cost, Prices
+from optuna_greedyhg.report.anytime import common_start, mean_along_the_way, reached_for_good
 from optuna_greedyhg.report.comparison import statistics_of
 from optuna_greedyhg.report.comparison_figures import anytime, average_ranks, quartiles
 from optuna_greedyhg.report.comparison_page import comparison_page
@@ -96,7 +98,7 @@ def test_costs_are_drawn_in_full_trainings_and_names_are_plain_text():
 
 
 def test_statistics_compare_with_the_reference_and_are_plain_json():
-    statistics = statistics_of(RUNS, "tpe")
+    statistics = statistics_of(RUNS, "tpe", 100)
     tpe, other = statistics.rows
     assert tpe.against == {}
     assert other.scores["val_loss"].median == pytest.approx(0.25)
@@ -108,15 +110,54 @@ def test_statistics_compare_with_the_reference_and_are_plain_json():
     assert list(average_ranks(statistics.ranking, {}).data[0].x) == [2.0]
 
 
+def test_the_mean_along_the_way_is_the_area_under_the_steps():
+    its = run("m", 0, (10, 0.8), (40, 0.6), (90, 0.1))
+    # (0.8·20 + 0.6·50 + 0.1·10) / 80
+    assert mean_along_the_way(its, "val_loss", 20, 100) == pytest.approx(47 / 80)
+    assert mean_along_the_way(its, "test_loss", 20, 100) == pytest.approx(1 + 47 / 80)
+    assert mean_along_the_way(its, "val_loss", 10, 30) == pytest.approx(0.8)
+    assert math.isnan(mean_along_the_way(its, "val_loss", 5, 100))
+    assert math.isnan(mean_along_the_way(run("m", 0), "val_loss", 5, 100))
+    assert common_start(RUNS) == 20
+    assert common_start([*RUNS, run("m", 0)]) == math.inf
+
+
+def test_what_was_reached_and_lost_again_counts_from_when_it_came_back():
+    points = [
+        Point(cost, cost, {"test_loss": y}) for cost, y in ((10, 0.8), (20, 0.3), (30, 0.5), (50, 0.4), (60, 0.2))
+    ]
+    its = Run("m", 0, 1, 100.0, 100.0, Cost(), tuple(points))
+    assert [reached_for_good(its, "test_loss", y) for y in (0.8, 0.4, 0.3, 0.1)] == [10, 50, 60, math.inf]
+    assert reached_for_good(its, "val_loss", 1.0) == math.inf
+
+
+def test_statistics_say_when_the_end_of_the_reference_was_reached():
+    statistics = statistics_of(RUNS, "tpe", 100)
+    tpe, other = (row.anytime["val_loss"] for row in statistics.rows)
+    assert (tpe.reached, tpe.n_reached, tpe.against) == (pytest.approx(0.3), 2, None)  # after 40 and 20 of 100
+    assert (other.reached, other.n_reached) == (pytest.approx(0.275), 2)  # after 30 and 25
+    # From where both have something: (0.8·30 + 0.6·60)/90 and 0.4, against (0.8·20 + 0.2·70)/90 and (0.5·5 + 0.3·75)/80
+    assert tpe.mean.mean == pytest.approx((2 / 3 + 0.4) / 2)
+    assert other.mean.mean == pytest.approx((1 / 3 + 0.3125) / 2)
+    assert other.against.wins == 2
+    reversed_ = statistics_of(RUNS, HOSTILE, 100)
+    assert (reversed_.rows[0].anytime["val_loss"].reached, reversed_.rows[0].anytime["val_loss"].n_reached) == (
+        math.inf,
+        0,
+    )
+    assert reversed_.as_json()["methods"]["tpe"]["anytime"]["val_loss"]["reached"] is None
+
+
 def test_the_page_says_all_and_obeys_nothing():
-    statistics = statistics_of(RUNS, "tpe")
+    statistics = statistics_of(RUNS, "tpe", 100)
     page = comparison_page("t", "one\n\ntwo", RUNS, statistics, full_training=10, budget=100, footer="f")
     body = page[page.rindex("<h1>") :]
     assert "<script>alert" not in page
     assert "cannot go below 0.5 with 2 seeds" in body
     assert "2/0/0" in body
+    assert "<td>28%</td><td>2 of 2</td>" in body
     assert "Average ranks by test loss over 2 seeds" in body
-    alone = comparison_page("t", "", RUNS[:2], statistics_of(RUNS[:2], "tpe"), full_training=10, budget=100)
+    alone = comparison_page("t", "", RUNS[:2], statistics_of(RUNS[:2], "tpe", 100), full_training=10, budget=100)
     assert "There is no other method." in alone
 
 
