@@ -17,6 +17,7 @@ from optuna_greedyhg.hypergrad.estimators import (
     Reverse,
 )
 from optuna_greedyhg.hypergrad.evaluation import Evaluation, Online, Retrain
+from optuna_greedyhg.hypergrad.outer import Decaying, TrustRegion
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.propagators import Decay, LastStep
 from optuna_greedyhg.hypergrad.spectral import Spectral
@@ -44,6 +45,7 @@ __all__ = [
     "ConjugateGradients",
     "Cost",
     "Decay",
+    "Decaying",
     "DescentOptions",
     "DivergedError",
     "Domain",
@@ -73,6 +75,7 @@ __all__ = [
     "Retrain",
     "Reverse",
     "Spectral",
+    "TrustRegion",
     "Unbounded",
     "UpdateRule",
     "descend",

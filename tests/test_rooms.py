@@ -14,7 +14,7 @@ HYPERGRAD = sorted(PACKAGE.glob("hypergrad/**/*.py"))
 
 ROOMS = ("hypergrad", "trials", "report", "tasks", "cli")
 FLOORS = (
-    {"trees", "cost", "clock", "peak_memory", "convolution", "likeness"},
+    {"trees", "cost", "clock", "peak_memory", "convolution", "likeness", "outer"},
     {"domains", "randomness"},
     {"batches"},
     {"problem", "update_rules"},

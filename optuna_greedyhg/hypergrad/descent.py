@@ -16,10 +16,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,15 +30,13 @@ from optuna_greedyhg.hypergrad.domains import Hyperparameter, to_coordinates, to
 from optuna_greedyhg.hypergrad.episodes import Problem
 from optuna_greedyhg.hypergrad.estimators import Estimator, Fixed
 from optuna_greedyhg.hypergrad.evaluation import Evaluation, Online, Protocol, Retrain
+from optuna_greedyhg.hypergrad.outer import ADAM, OuterOptimizer
 from optuna_greedyhg.hypergrad.products import Products, TrainState
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import UpdateRule, require_hyperparameters
 from optuna_greedyhg.hypergrad.work import Horizon, RollOut, Walk, Work
 
-OuterOptimizer = Callable[[list[Tensor]], torch.optim.Optimizer]
 Stop = Literal["finished", "patience", "diverged"]
-
-ADAM: OuterOptimizer = partial(torch.optim.Adam, lr=0.3)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,8 @@ from optuna.study import StudyDirection
 from optuna.trial import BaseTrial, Trial
 
 from optuna_greedyhg.hypergrad.descent import (
-    ADAM,
     Achieved,
     DescentOptions,
-    OuterOptimizer,
     OuterStep,
     achieved_at,
     descent,
@@ -29,6 +27,7 @@ from optuna_greedyhg.hypergrad.descent import (
 from optuna_greedyhg.hypergrad.episodes import Problem
 from optuna_greedyhg.hypergrad.estimators import Estimator, Greedy
 from optuna_greedyhg.hypergrad.evaluation import Online, Protocol
+from optuna_greedyhg.hypergrad.outer import ADAM, OuterOptimizer
 from optuna_greedyhg.hypergrad.update_rules import UpdateRule
 from optuna_greedyhg.hypergrad.work import Walk, at_once
 from optuna_greedyhg.trials import records
