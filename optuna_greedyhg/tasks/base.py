@@ -15,23 +15,44 @@ from optuna_greedyhg.hypergrad.descent import OuterStep
 from optuna_greedyhg.hypergrad.episodes import Problem
 from optuna_greedyhg.hypergrad.estimators import Estimator
 from optuna_greedyhg.hypergrad.evaluation import Online, Retrain
+from optuna_greedyhg.hypergrad.outer import Decaying, OuterOptimizer, TrustRegion
 from optuna_greedyhg.hypergrad.problem import Model
 from optuna_greedyhg.hypergrad.update_rules import UpdateRule
 from optuna_greedyhg.trials import records
 from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.policies import Always, Policy
 from optuna_greedyhg.trials.records import ArtifactStore
 from optuna_greedyhg.trials.refine import Callback, refine
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a task's hyperparameters are refined, and the protocol of a trial's value; see :func:`refine`."""
+    """How a task's hyperparameters are refined, and the protocol of a trial's value; see :func:`refine`.
+
+    Attributes:
+        outer_lr: That of Adam, which moves α.
+        outer_decay: What it is multiplied with after every outer step.
+        trust_radius: How far a coordinate may go from its seed; ``None`` is as far as it likes.
+        policy: Which trials are refined.
+    """
 
     horizon: int
     n_outer_steps: int
     outer_lr: float
     evaluate: Retrain | Online
     evaluate_every: int
+    outer_decay: float = 1.0
+    trust_radius: float | None = None
+    patience: int | None = None
+    policy: Policy = Always()
+
+    @property
+    def outer_optimizer(self) -> OuterOptimizer:
+        """What moves α."""
+        optimizer: OuterOptimizer = partial(torch.optim.Adam, lr=self.outer_lr)
+        if self.outer_decay < 1.0:
+            optimizer = Decaying(self.outer_decay, optimizer)
+        return optimizer if self.trust_radius is None else TrustRegion(self.trust_radius, optimizer)
 
 
 class Task(Protocol):
@@ -76,7 +97,7 @@ def make_objective(
             if step.evaluation is step.best:
                 records.write(trial, task.diagnose(step.best.values))
 
-        alpha = Alpha(trial)
+        alpha = Alpha(trial, artifact_store=artifact_store)
         problem, update_rule = task.define(trial, alpha)
         return refine(
             trial,
@@ -86,9 +107,11 @@ def make_objective(
             estimator=estimator,
             horizon=chosen.horizon,
             n_outer_steps=chosen.n_outer_steps,
-            outer_optimizer=partial(torch.optim.Adam, lr=chosen.outer_lr),
+            policy=chosen.policy,
+            outer_optimizer=chosen.outer_optimizer,
             evaluate=chosen.evaluate,
             evaluate_every=chosen.evaluate_every,
+            patience=chosen.patience,
             artifact_store=artifact_store,
             callbacks=[diagnose, *callbacks],
         )

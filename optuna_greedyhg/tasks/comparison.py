@@ -69,9 +69,16 @@ def study_name(task: str, method: str, seed: int) -> str:
 def measure(task: Task, settings: Settings | None = None) -> Yardstick:
     """Measures the costs of a task at its defaults; takes as long as some hundred training steps."""
     alpha = Alpha(trial := FixedTrial(dict(task.defaults)))
+    problem, update_rule = task.define(trial, alpha)
+    prices = measured_prices(problem.val_episodes[0], alpha.hyperparameters, update_rule)
+    return Yardstick(prices.of(full_training(task, settings)), prices)
+
+
+def full_training(task: Task, settings: Settings | None = None) -> Cost:
+    """What a trial of a task costs that is not refined."""
+    alpha = Alpha(trial := FixedTrial(dict(task.defaults)))
     its_problem, update_rule = task.define(trial, alpha)
     problem = its_problem.val_episodes[0]
-    prices = measured_prices(problem, alpha.hyperparameters, update_rule)
     products = Products(problem, {name: h.domain for name, h in alpha.hyperparameters.items()}, update_rule)
     values = to_coordinates(alpha.hyperparameters, problem.device, problem.dtype)
     evaluation.evaluate(products, values, products.initial_state(), 0, 0)
@@ -81,11 +88,10 @@ def measure(task: Task, settings: Settings | None = None) -> Yardstick:
     n_steps = declared or chosen.horizon * chosen.n_outer_steps
     n_evaluations = 1 + math.ceil(chosen.n_outer_steps / chosen.evaluate_every) if isinstance(protocol, Online) else 1
     n_episodes = len(its_problem.val_episodes)  # each of them as large as the first
-    cost = Cost(
+    return Cost(
         n_train_gradients=n_episodes * n_steps * batches.n_examples(batch),
         n_evaluations=n_episodes * n_evaluations * products.cost.n_evaluations,
     )
-    return Yardstick(prices.of(cost), prices)
 
 
 def recorded_yardstick(storage: BaseStorage, task: str) -> Yardstick | None:
