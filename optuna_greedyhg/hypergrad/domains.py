@@ -6,15 +6,17 @@ hypergradients are taken and outer steps are made:
 
     Unbounded()                      x = z
     Positive()                       x = exp(z)
-    Interval(low, high)              x = low + (high − low)·σ(z/10)
-    Interval(low, high, log=True)    x = low·(high/low)^σ(z/10)
+    Interval(low, high)              x = low + (high − low)·σ(z/s)
+    Interval(low, high, log=True)    x = low·(high/low)^σ(z/s)
 
 An interval is spanned by the same range of z whatever its width, so one outer learning rate serves them all: at the
-middle of an interval, a step of 0.1 in z moves x by 0.25% of the (logarithmic) width. That is slow on purpose. Where in
-its interval a number should be is the sampler's question; what gradients taken online say about it is local, and a
-learning rate that follows them quickly drifts to where it suits the first steps of training.
+middle of an interval, a step of 0.1 in z moves x by 2.5/s percent of the (logarithmic) width. The slowness s is 1 by
+default, as for a strength of every feature, about which nobody but the hypergradient has anything to say. Numbers that
+a sampler seeds have s = 10. Where in its interval such a number should be is the sampler's question; what gradients
+taken online say about it is local, and a learning rate that follows them quickly drifts to where it suits the first
+steps of training.
 
-    >>> learning_rate = Hyperparameter(torch.tensor(0.1), Interval(1e-3, 1.0, log=True))
+    >>> learning_rate = Hyperparameter(torch.tensor(0.1), Interval(1e-3, 1.0, log=True, slowness=10.0))
     >>> example_logits = Hyperparameter(torch.zeros(1000))
 """
 
@@ -33,7 +35,6 @@ from optuna_greedyhg.hypergrad.trees import Tensors
 # Relative distance that a coordinate keeps from the ends of an interval, where σ has no finite inverse. A seed on the
 # end itself is so moved by a ten thousandth of the width.
 _MARGIN = 1e-4
-_SLOWNESS = 10.0
 
 
 @runtime_checkable
@@ -73,15 +74,17 @@ class Positive:
 
 @dataclass(frozen=True)
 class Interval:
-    """Numbers between two bounds: x = low + (high − low)·σ(z/10), or the same in log x.
+    """Numbers between two bounds: x = low + (high − low)·σ(z/slowness), or the same in log x.
 
     Raises:
-        ValueError: If ``low < high`` does not hold, a bound is not finite, or ``log`` is set with ``low <= 0``.
+        ValueError: If ``low < high`` does not hold, a bound is not finite, ``log`` is set with ``low <= 0``, or the
+            slowness is not finite and above 0.
     """
 
     low: float
     high: float
     log: bool = False
+    slowness: float = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
@@ -90,10 +93,12 @@ class Interval:
             )
         if self.log and self.low <= 0:
             raise ValueError(f"An interval on a log scale needs a positive low, but got low={self.low}.")
+        if not 0 < self.slowness < math.inf:
+            raise ValueError(f"slowness must be finite and above 0, but got {self.slowness}.")
 
     def to_value(self, coordinate: Tensor) -> Tensor:
         low, width = self._origin_and_width()
-        position = low + width * torch.sigmoid(coordinate / _SLOWNESS)
+        position = low + width * torch.sigmoid(coordinate / self.slowness)
         return (position.exp() if self.log else position).clamp(self.low, self.high)
 
     def to_coordinate(self, value: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ class Interval:
         _require(bool((inside | near).all()), f"within [{self.low}, {self.high}]", value)
         low, width = self._origin_and_width()
         fraction = ((value.log() if self.log else value) - low) / width
-        return _SLOWNESS * torch.logit(fraction.clamp(_MARGIN, 1 - _MARGIN))
+        return self.slowness * torch.logit(fraction.clamp(_MARGIN, 1 - _MARGIN))
 
     def _origin_and_width(self) -> tuple[float, float]:
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)

@@ -77,6 +77,19 @@ class Run:
         }
 
 
+def run_from_json(row: Mapping[str, Any]) -> Run:
+    """The run that :meth:`Run.as_json` has written; of accuracies, only those of its end."""
+    curve = [
+        Point(cost, seconds, {s: x for s, x in zip(SCORES, losses, strict=False) if x is not None})
+        for cost, seconds, *losses in row["best_value_curve"]
+    ]
+    if curve:
+        final = {s: row[s] for s in SCORES if row[s] is not None}
+        curve[-1] = Point(curve[-1].cost, curve[-1].seconds, final)
+    counts = Cost(**{f.name: row[f.name] for f in fields(Cost)})
+    return Run(row["method"], row["seed"], row["n_trials"], row["cost"], row["seconds"], counts, tuple(curve))
+
+
 def run_of(study: optuna.Study, *, method: str, seed: int, prices: Prices, budget: float) -> Run:
     """Reads a run from its study, which may be unfinished.
 

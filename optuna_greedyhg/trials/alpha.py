@@ -24,6 +24,8 @@ Choice = TypeVar("Choice", bound=CategoricalChoiceType)
 
 _logger = logging.getLogger("optuna.greedyhg")
 
+_SLOWNESS = 10.0  # of what the sampler seeds; domains say why
+
 
 class Alpha:
     """The hyperparameters α of one trial that gradients may refine.
@@ -95,7 +97,7 @@ class Alpha:
                 f"{name!r} cannot be refined in steps of {step}; use trial.suggest_float, or leave out the step."
             )
         self._require_free(name)
-        domain = Interval(low, high, log)
+        domain = Interval(low, high, log, slowness=_SLOWNESS)
         distribution = FloatDistribution(low, high, log=log)
         seed = self._seed(name, distribution)
         records.write_seed(self._trial, name, seed, distribution)

@@ -13,6 +13,7 @@ DOMAINS = {
     "positive": (Positive(), float64(1e-6, 1.0, 40.0)),
     "interval": (Interval(-2.0, 3.0), float64(-1.9, 0.5, 2.0)),
     "log-interval": (Interval(1e-4, 1.0, log=True), float64(2e-4, 1e-2, 0.9)),
+    "slow-interval": (Interval(1e-4, 1.0, log=True, slowness=10.0), float64(2e-4, 1e-2, 0.9)),
 }
 EVERY_DOMAIN = pytest.mark.parametrize(("domain", "values"), DOMAINS.values(), ids=DOMAINS.keys())
 
@@ -39,6 +40,15 @@ def test_coordinate_zero_is_the_middle_and_the_far_ends_are_the_bounds(interval,
     values = interval.to_value(float64(-1e4, 0.0, 1e4))
     torch.testing.assert_close(values, float64(interval.low, middle, interval.high), rtol=1e-12, atol=0.0)
     assert bool(((values >= interval.low) & (values <= interval.high)).all())
+
+
+@pytest.mark.parametrize(("slowness", "percent"), [(1.0, 2.5), (10.0, 0.25)])
+def test_a_small_step_in_the_middle_moves_by_what_the_documentation_says(slowness, percent):
+    z = float64(0.1)
+    moved = Interval(2.0, 4.0, slowness=slowness).to_value(z)
+    assert float(moved) - 3.0 == pytest.approx(2.0 * percent / 100, rel=1e-3)
+    moved = Interval(1e-4, 1.0, log=True, slowness=slowness).to_value(z)
+    assert math.log(float(moved) / 1e-2) == pytest.approx(math.log(1e4) * percent / 100, rel=1e-3)
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -97,6 +107,12 @@ def test_a_seed_outside_of_its_domain_is_refused_with_the_value_received(domain,
 def test_an_interval_without_an_inside_is_refused(low, high, log, message):
     with pytest.raises(ValueError, match=message):
         Interval(low, high, log=log)
+
+
+@pytest.mark.parametrize("slowness", [0.0, -1.0, math.inf, math.nan])
+def test_an_interval_without_a_pace_is_refused(slowness):
+    with pytest.raises(ValueError, match=f"slowness must be finite and above 0, but got {slowness}"):
+        Interval(0.0, 1.0, slowness=slowness)
 
 
 @pytest.mark.parametrize("init", [1.0, torch.tensor(1), [0.5]], ids=["float", "integer tensor", "list"])

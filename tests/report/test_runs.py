@@ -12,7 +12,7 @@ from optuna_greedyhg.report.anytime import common_start, mean_along_the_way, rea
 from optuna_greedyhg.report.comparison import statistics_of
 from optuna_greedyhg.report.comparison_figures import anytime, average_ranks, quartiles
 from optuna_greedyhg.report.comparison_page import comparison_page
-from optuna_greedyhg.report.runs import Point, Run, run_of
+from optuna_greedyhg.report.runs import Point, Run, run_from_json, run_of
 from optuna_greedyhg.report.wording import plus_minus
 from tests.report.studies import HOSTILE, finished, study_of
 
@@ -49,6 +49,16 @@ def test_a_curve_adds_what_earlier_trials_have_cost():
     assert (run.n_trials, run.cost, run.seconds) == (3, 70, 7.5)
     assert run.as_json()["best_value_curve"][1] == [40, 1.5, 0.5, 1.5]
     assert run.as_json()["test_loss"] == 1.4
+
+
+def test_a_run_is_read_again_from_what_was_written():
+    accurate = {**row(0.5, gradients=30, test=1.5), "val_accuracy": 0.8, "test_accuracy": 0.7}
+    study = study_of(trial(row(0.9, gradients=10), accurate, minute=1))
+    run = run_of(study, method="m", seed=3, prices=PRICES, budget=1000)
+    assert run_from_json(json.loads(json.dumps(run.as_json()))) == run
+    assert run.score("test_accuracy") == 0.7
+    empty = Run("m", 0, 0, 0.0, 0.0, Cost(), ())
+    assert run_from_json(empty.as_json()) == empty
 
 
 def test_what_is_found_beyond_the_budget_does_not_count():

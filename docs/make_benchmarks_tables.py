@@ -1,0 +1,163 @@
+"""Writes the tables of docs/benchmarks.md anew, from the results in benchmarks/results and from nothing else.
+
+python docs/make_benchmarks_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna_greedyhg.report.comparison import MethodRow, Statistics, statistics_of
+from optuna_greedyhg.report.runs import run_from_json
+from optuna_greedyhg.report.wording import number, p_value, plus_minus
+from optuna_greedyhg.tasks import TASKS
+
+PAGE = Path(__file__).with_name("benchmarks.md")
+RESULTS = PAGE.parent.parent / "benchmarks" / "results"
+REFERENCE = "tpe"
+TABLES = ("summary", "comparisons", "ablations")
+SUMMARY = ("task", "method", "test loss", "difference to tpe ± 95%", "seeds won", "p", "tpe's end reached")
+COMPARISON = (
+    "method",
+    "trials",
+    "validation loss",
+    "test loss",
+    "on the way",
+    "on the way, to tpe's ± 95%",
+    "tpe's end reached, validation",
+    "test",
+    "seconds",
+)
+ABLATION = ("choice", "validation loss", "test loss", "on the way, validation", "test", "refined trials")
+_KEYS = ("val_loss", "test_loss", "mean_val_loss", "mean_test_loss")
+
+
+def comparisons() -> dict[str, dict[str, Any]]:
+    """What ``benchmarks/compare.py`` has written, by task, in the order of ``greedyhg tasks``."""
+    found = {content["task"]: content for content in map(_read, RESULTS.glob("compare_*.json"))}
+    return {task: found[task] for task in TASKS if task in found}
+
+
+def statistics_in(content: Mapping[str, Any]) -> Statistics:
+    """Those of a comparison's rows, made anew."""
+    return statistics_of([run_from_json(row) for row in content["rows"]], REFERENCE, content["budget"])
+
+
+def summary() -> str:
+    """Every task and every method that refines: the test loss beside TPE's at equal cost."""
+    lines = []
+    for task, content in comparisons().items():
+        its = statistics_in(content)
+        reference = next(row for row in its.rows if row.name == REFERENCE)
+        lines.append([f"[{task}](#{task})", REFERENCE, number("test_loss", reference.scores["test_loss"].median)])
+        lines[-1] += [""] * (len(SUMMARY) - len(lines[-1]))
+        lines += [["", row.name, *_beside(row, its.n_seeds)] for row in its.rows if "+" in row.name]
+    return _table(SUMMARY, lines)
+
+
+def _beside(row: MethodRow, n_seeds: int) -> list[str]:
+    paired, anytime = row.against["test_loss"], row.anytime["test_loss"]
+    return [
+        number("test_loss", row.scores["test_loss"].median),
+        plus_minus("test_loss", paired.mean_difference, paired.half_width),
+        f"{paired.wins} of {n_seeds}",
+        p_value(row.p_corrected["test_loss"]),
+        _share(anytime.reached),
+    ]
+
+
+def comparison_sections() -> str:
+    """A section for every task, with its command and a row for every method."""
+    return "\n\n".join(_section(task, content) for task, content in comparisons().items())
+
+
+def _section(task: str, content: Mapping[str, Any]) -> str:
+    its = statistics_in(content)
+    file = f"compare_{task.replace('-', '_')}.json"
+    how = (
+        f"{TASKS[task]}; {its.n_seeds} seeds, {content['n_full_trainings']:g} full trainings each. "
+        f"[`{file}`](../benchmarks/results/{file}), on {content['machine']['processor']}, torch "
+        f"{content['versions']['torch']}, made by"
+    )
+    return f"### {task}\n\n{how}\n\n    {content['command']}\n\n{_table(COMPARISON, _lines(its))}"
+
+
+def _lines(its: Statistics) -> Iterator[list[str]]:
+    for row in its.rows:
+        low, high = row.n_trials
+        val, test = row.anytime["val_loss"], row.anytime["test_loss"]
+        versus = test.against
+        yield [
+            row.name,
+            f"{low}" if low == high else f"{low}–{high}",
+            *(_with_quartiles(row, score) for score in ("val_loss", "test_loss")),
+            number("test_loss", test.mean.median),
+            "" if versus is None else plus_minus("test_loss", versus.mean_difference, versus.half_width),
+            _share(val.reached),
+            _share(test.reached),
+            f"{row.seconds.median:.0f}",
+        ]
+
+
+def _with_quartiles(row: MethodRow, score: str) -> str:
+    x = row.scores[score]
+    return f"{number(score, x.median)} [{number(score, x.first_quartile)}, {number(score, x.third_quartile)}]"
+
+
+def _share(reached: float) -> str:
+    return f"{100 * reached:.0f}%" if reached < float("inf") else "never"
+
+
+def ablations() -> str:
+    """A table for every task: medians over seeds of studies in which one choice is otherwise."""
+    path = RESULTS / "ablations.json"
+    rows = _read(path)["rows"] if path.exists() else []
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_task.setdefault(row["cell"]["task"], []).append(row)
+    return "\n\n".join(f"### Choices on {task}\n\n{_ablation(its)}" for task, its in by_task.items())
+
+
+def _ablation(rows: Sequence[Mapping[str, Any]]) -> str:
+    made_by, budget = rows[0]["made_by"], rows[0]["cell"]["budget"]
+    n_seeds = len({row["cell"]["seed"] for row in rows})
+    lines = []
+    for choice in dict.fromkeys(row["cell"]["choice"] for row in rows):
+        results = [row["result"] for row in rows if row["cell"]["choice"] == choice]
+        medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
+        scores = [number("val_loss", medians[key]) for key in _KEYS]
+        lines.append([choice, *scores, f"{medians['n_refined']:.0f} of {medians['n_trials']:.0f}"])
+    how = f"{n_seeds} seeds, {budget:g} full trainings each, torch {made_by['versions']['torch']}, made by"
+    return f"{how}\n\n    {made_by['command']}\n\n{_table(ABLATION, lines)}"
+
+
+def updated(page: str) -> str:
+    """The page with what is between each two marks written anew.
+
+    Raises:
+        ValueError: If a mark is missing.
+    """
+    for name, text in zip(TABLES, (summary(), comparison_sections(), ablations()), strict=True):
+        begin, end = f"<!-- {name}: written by docs/make_benchmarks_tables.py -->", f"<!-- end of {name} -->"
+        before, found, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not found or not closed:
+            raise ValueError(f"The page must have the lines {begin!r} and {end!r}, between which {name} goes.")
+        page = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+    return page
+
+
+def _table(header: Sequence[str], lines: Iterator[list[str]] | list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
