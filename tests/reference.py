@@ -52,24 +52,39 @@ def exact(case: Case, start: TrainState, alpha: Tensors, first: int, n_steps: in
 
 
 def greedy(
-    case: Case, start: TrainState, alpha: Tensors, first: int, n_steps: int, gamma: float, seed: int = 0, n_val: int = 0
+    case: Case,
+    start: TrainState,
+    alpha: Tensors,
+    first: int,
+    n_steps: int,
+    gamma: float,
+    seed: int = 0,
+    n_val: int = 0,
+    stride: int = 1,
 ) -> tuple[Tensors, Point]:
     """∇_α L_val(w_T, α) + Σ_t γ^{T−t} v_t·B_t term by term, every B_t from its own graph; and where training ended.
 
-    Validation batches are taken in order from number ``n_val``.
+    Validation batches are taken in order from number ``n_val``. With a stride, the term of a step between two strides
+    is that of the next one which has a term.
     """
+    shares = [0.0] * n_steps
+    for i in range(n_steps):
+        shares[i + (n_steps - 1 - i) % stride] += gamma ** (n_steps - 1 - i)
     total = {name: torch.zeros_like(x) for name, x in alpha.items()}
     point = Point(start.parameters, start.buffers, start.slots)
     with _seeded(seed):
         for i in range(n_steps):
             z = _leaves(alpha)
             after = _step(case, point, z, first + i, start.n_steps + i)
+            point = _detached(after)
+            if (n_steps - 1 - i) % stride:
+                continue
             w = _leaves(after.parameters)
-            val_loss = _validate(case, after._replace(parameters=w), z, n_val + i)
+            val_loss = _validate(case, after._replace(parameters=w), z, n_val)
             v, direct = _gradients(val_loss, w), _gradients(val_loss, z)
             term = _gradients(_dot(v, after.parameters), z)
-            total = {name: total[name] + gamma ** (n_steps - 1 - i) * term[name] for name in total}
-            point = _detached(after)
+            total = {name: total[name] + shares[i] * term[name] for name in total}
+            n_val += 1
     return {name: direct[name] + total[name] for name in total}, point
 
 

@@ -78,6 +78,8 @@ def settings_of(name, n_batches):
     if name == "spectral":
         spectral = estimator.propagator
         letters |= {"k": spectral.rank, "r": spectral.refresh_every, "b": min(spectral.n_batches, n_batches)}
+    elif name == "strided":
+        letters["s"] = estimator.stride
     elif name == "ift":
         letters["K"] = estimator.solver.n_terms
     elif name == "ift-cg":

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from optuna_greedyhg.hypergrad import trees
 from optuna_greedyhg.hypergrad.products import Covector, InnerStep
 from optuna_greedyhg.hypergrad.trees import Tensors
 
@@ -23,6 +22,13 @@ class Overhead(NamedTuple):
     products: str = "0"
     train_gradients: str = "0"
     memory: str = "O(P + H)"
+
+
+class Propagated(NamedTuple):
+    """A covector with a number in front, by which a product with H entries is scaled in place of a v with P."""
+
+    factor: float
+    v: Covector
 
 
 class Propagator(Protocol[State]):
@@ -46,21 +52,22 @@ class Propagator(Protocol[State]):
         """What is worth keeping of one horizon for the next; as an estimator's, and by default nothing."""
         return None
 
-    def begin(self, carried: Any, step: InnerStep, v: Tensors) -> State:
-        """What is known at the first step of a horizon.
+    def begin(self, carried: Any, step: InnerStep, v: Tensors, reach: int) -> State:
+        """What is known at the first step of a horizon that has a term.
 
         Args:
             carried: What was kept of the horizon before; ``None`` in the first.
-            step: The first step; it is followed by ``step.remaining`` others.
+            step: The step; it is followed by ``step.remaining`` others.
             v: The validation gradient to be propagated.
+            reach: The largest n of all the h_n to be asked for from now on.
         """
 
-    def proceed(self, state: State, step: InnerStep, v: Tensors) -> State:
+    def proceed(self, state: State, step: InnerStep, v: Tensors, reach: int) -> State:
         """What is known at a later step of the same horizon; by default the same."""
         return state
 
-    def propagate(self, state: State, v: Tensors, n: int) -> Covector:
-        """v·h_n as a covector on weights and optimizer state."""
+    def propagate(self, state: State, v: Tensors, steps: range) -> Propagated:
+        """v·Σ_n h_n over these n, a range without gaps, as a covector on weights and optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +79,11 @@ class LastStep(Propagator[None]):
     def reaches(self, n: int) -> bool:
         return n == 0
 
-    def begin(self, carried: None, step: InnerStep, v: Tensors) -> None:
+    def begin(self, carried: None, step: InnerStep, v: Tensors, reach: int) -> None:
         return None
 
-    def propagate(self, state: None, v: Tensors, n: int) -> Covector:
-        return Covector(v)
+    def propagate(self, state: None, v: Tensors, steps: range) -> Propagated:
+        return Propagated(float(0 in steps), Covector(v))
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,8 @@ class Decay(Propagator[None]):
         if not 0.0 < self.gamma <= 1.0:
             raise ValueError(f"gamma must be in (0, 1], but got {self.gamma}; for 0 there is LastStep().")
 
-    def begin(self, carried: None, step: InnerStep, v: Tensors) -> None:
+    def begin(self, carried: None, step: InnerStep, v: Tensors, reach: int) -> None:
         return None
 
-    def propagate(self, state: None, v: Tensors, n: int) -> Covector:
-        return Covector(v if n == 0 else trees.scale(self.gamma**n, v))
+    def propagate(self, state: None, v: Tensors, steps: range) -> Propagated:
+        return Propagated(sum(self.gamma**n for n in steps), Covector(v))

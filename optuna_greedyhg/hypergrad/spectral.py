@@ -32,27 +32,34 @@ from optuna_greedyhg.hypergrad import trees
 from optuna_greedyhg.hypergrad.batches import Batch, is_same
 from optuna_greedyhg.hypergrad.curvature import lanczos
 from optuna_greedyhg.hypergrad.products import Covector, InnerStep, StepRecipe
-from optuna_greedyhg.hypergrad.propagators import Overhead, Propagator
+from optuna_greedyhg.hypergrad.propagators import Overhead, Propagated, Propagator
 from optuna_greedyhg.hypergrad.randomness import RandomState
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 
 class Response(NamedTuple):
-    """r(n; λ) along every known direction and elsewhere, in preconditioned coordinates, for n = 0..T−1.
+    """r(n; λ) along every known direction and elsewhere, in preconditioned coordinates.
 
     Attributes:
         root: The diagonal of P^(1/2); ``None`` for a rule without a preconditioner.
         vectors: The directions q_i, orthonormal rows of shape (k, P).
-        along: r(n; λ_i), shape (T, k, m), on w and, if m = 2, on the rule's first moment.
-        bulk: The response of all the rest, shape (T, m).
+        transitions: What one step does to a perturbation of w or, if m = 2, of w and the rule's first moment: along
+            every direction, and at the end in all the rest. Shape (k + 1, m, m).
         moment: The slot that holds the first moment; ``None`` if m = 1.
     """
 
     root: Tensor | None
     vectors: Tensor
-    along: Tensor
-    bulk: Tensor
+    transitions: Tensor
     moment: str | None
+
+    def after(self, steps: range) -> Tensor:
+        """Σ_n r(n; λ) over these n, the first rows of the transitions' powers; shape (k + 1, m)."""
+        row = total = torch.linalg.matrix_power(self.transitions, steps[0])[:, 0]
+        for _ in steps[1:]:
+            row = torch.einsum("ki,kij->kj", row, self.transitions)
+            total = total + row
+        return total
 
 
 class Spectrum(NamedTuple):
@@ -60,12 +67,12 @@ class Spectrum(NamedTuple):
 
     Attributes:
         recipes: The last steps on different batches, whose mean loss has its curvature measured.
-        n_steps: Number of steps since it was.
+        refresh_at: The number of remaining steps at which it is due to be measured again.
         response: What followed from it.
     """
 
     recipes: tuple[StepRecipe, ...]
-    n_steps: int
+    refresh_at: int
     response: Response
 
 
@@ -104,46 +111,46 @@ class Spectral(Propagator[Spectrum]):
         """The last batches, each with the random numbers of its step."""
         return [(recipe.batch, recipe.random_state) for recipe in state.recipes]
 
-    def begin(self, carried: Any, step: InnerStep, v: Tensors) -> Spectrum:
+    def begin(self, carried: Any, step: InnerStep, v: Tensors, reach: int) -> Spectrum:
         known = (replace(step.recipe, batch=batch, random_state=state) for batch, state in carried or ())
-        recipes = self._recipes(tuple(known), step)
-        return Spectrum(recipes, 1, self._measure(recipes, step, v))
+        return self._measured(self._recipes(tuple(known), step), step, v, reach)
 
-    def proceed(self, state: Spectrum, step: InnerStep, v: Tensors) -> Spectrum:
+    def proceed(self, state: Spectrum, step: InnerStep, v: Tensors, reach: int) -> Spectrum:
         recipes = self._recipes(state.recipes, step)
-        if state.n_steps < self.refresh_every or step.remaining == 0:
-            return Spectrum(recipes, state.n_steps + 1, state.response)
-        return Spectrum(recipes, 1, self._measure(recipes, step, v))
+        if step.remaining > state.refresh_at or reach == 0:
+            return state._replace(recipes=recipes)
+        return self._measured(recipes, step, v, reach)
 
-    def propagate(self, state: Spectrum, v: Tensors, n: int) -> Covector:
-        root, vectors, along, bulk, moment = state.response
+    def propagate(self, state: Spectrum, v: Tensors, steps: range) -> Propagated:
+        root, vectors, _, moment = state.response
         x = _scaled(trees.flatten(v), root)
-        components = vectors @ x
+        components, responses = vectors @ x, state.response.after(steps)
 
         def respond(part: int) -> Tensor:
-            rest = bulk[n, part]
-            return rest * x + ((along[n, :, part] - rest) * components) @ vectors
+            along, rest = responses[:-1, part], responses[-1, part]
+            return rest * x + ((along - rest) * components) @ vectors
 
         on_weights = respond(0) if root is None else respond(0) / root
         slots = {} if moment is None else {moment: trees.unflatten(_scaled(respond(1), root), v)}
-        return Covector(trees.unflatten(on_weights, v), slots)
+        return Propagated(1.0, Covector(trees.unflatten(on_weights, v), slots))
 
     def _recipes(self, known: tuple[StepRecipe, ...], step: InnerStep) -> tuple[StepRecipe, ...]:
         """The last steps on different batches, the present one at the end."""
         others = [recipe for recipe in known if not is_same(recipe.batch, step.recipe.batch)]
         return (*others, step.recipe)[-self.n_batches :]
 
-    def _measure(self, recipes: tuple[StepRecipe, ...], step: InnerStep, v: Tensors) -> Response:
-        n_vectors = min(self.rank, step.remaining + 1)
+    def _measured(self, recipes: tuple[StepRecipe, ...], step: InnerStep, v: Tensors, reach: int) -> Spectrum:
+        n_vectors = min(self.rank, reach + 1)
         with _Curvature(step, recipes, v) as curvature:
             pairs = lanczos(curvature, curvature.coordinates(v), max(n_vectors, self.bulk == "auto"))
-        along = curvature.responses(pairs.values[:n_vectors])
+        along = curvature.transitions(pairs.values[:n_vectors])
         if self.bulk == "auto":
-            bulk = curvature.responses(pairs.quotient)[:, 0]
+            bulk = curvature.transitions(pairs.quotient)
         else:
-            bulk = along.new_zeros(len(along), along.shape[2])
-            bulk[:, 0] = self.bulk ** torch.arange(len(along), dtype=along.dtype, device=along.device)
-        return Response(curvature.root, pairs.vectors[:n_vectors], along, bulk, step.rule.moment)
+            bulk = along.new_zeros(1, *along.shape[1:])
+            bulk[:, 0, 0] = self.bulk
+        response = Response(curvature.root, pairs.vectors[:n_vectors], torch.cat([along, bulk]), step.rule.moment)
+        return Spectrum(recipes, step.remaining - self.refresh_every, response)
 
 
 class _Curvature:
@@ -182,17 +189,10 @@ class _Curvature:
         """A covector in preconditioned coordinates."""
         return _scaled(trees.flatten(v), self.root)
 
-    def responses(self, curvatures: Tensor) -> Tensor:
-        """r(n; λ), the first rows of the transitions' powers: shape (T, k, m) for n = 0..T−1 and k curvatures."""
+    def transitions(self, curvatures: Tensor) -> Tensor:
+        """What a step makes of perturbations along k curvatures, shape (k, m, m)."""
         transitions = self.step.rule.transition(curvatures, self._theta, self.step.after.n_steps)
-        if self.root is not None:
-            transitions = _without_growth(transitions)
-        row = torch.zeros_like(transitions[:, 0])
-        row[:, 0] = 1.0
-        rows = [row]
-        for _ in range(self.step.remaining):
-            rows.append(torch.einsum("ki,kij->kj", rows[-1], transitions))
-        return torch.stack(rows)
+        return transitions if self.root is None else _without_growth(transitions)
 
 
 def _without_growth(transitions: Tensor) -> Tensor:

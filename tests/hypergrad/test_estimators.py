@@ -185,7 +185,61 @@ class TestTerminalGreedy:
         assert estimator.biased_in_restart_mode == is_biased
 
 
+class TestStride:
+    """Every k-th term, for all the steps that end with it."""
+
+    @pytest.mark.parametrize(("stride", "horizon"), [(2, 6), (3, 7), (4, 3)], ids=str)
+    @EVERY_RULE
+    def test_it_agrees_with_the_sum_in_which_a_term_stands_for_those_before_it(self, rule, stride, horizon):
+        case, n_warm = Case(SPECIMENS["dropout"](), rule), 4
+        start, alpha = case.state_after(n_warm), case.alpha()
+        expected, _ = reference.greedy(case, start, alpha, n_warm, horizon, 0.6, SEED, stride=stride)
+        assert_agree(fold(Greedy(0.6, stride=stride), case, horizon, n_warm)[0], expected, rtol=1e-8)
+
+    @pytest.mark.parametrize("horizon", [1, 5, 6, 7])
+    @pytest.mark.parametrize("stride", [2, 3, 10])
+    @pytest.mark.parametrize(
+        "how",
+        [
+            {"gamma": 0.7},
+            {"gamma": 1.0},
+            {"gamma": 0.0},
+            {"gamma": 0.7, "terminal": True},
+            {"propagator": Spectral()},
+            {"propagator": Spectral(rank=0, bulk=0.7), "terminal": True},
+        ],
+        ids=str,
+    )
+    def test_where_all_terms_are_equal_the_sum_is_the_same(self, how, stride, horizon):
+        case = Case(isotropic(), SGD(lr=0.2))
+        every, strided = (fold(Greedy(**how, stride=k), case, horizon)[0] for k in (1, stride))
+        assert_agree(strided, every, rtol=1e-12)
+
+    def test_where_they_are_not_it_differs(self):
+        case = Case(SPECIMENS["full-batch"](), UPDATE_RULES["momentum"])
+        every, strided = (fold(Greedy(0.9, stride=k), case, 8)[0]["example_logits"] for k in (1, 4))
+        assert 1e-3 < float((strided - every).norm() / every.norm()) < 0.5
+
+    @pytest.mark.parametrize("terminal", [False, True])
+    def test_steps_between_take_no_validation_gradients_and_keep_no_graphs(self, terminal):
+        """Training batches of 4, 3, 5, 4, 3, of which every other has a term."""
+        case, estimator = Case(SPECIMENS["minibatches"](), UPDATE_RULES["Adam"]), Greedy(stride=2, terminal=terminal)
+        _, cost = fold(estimator, case, horizon=5)
+        expected = Cost(n_train_gradients=19, n_val_gradients=3 + 5 + 3, n_products=4 + 5 + 3)
+        if terminal:
+            expected = replace(expected, n_train_gradients=2 * 19, n_val_gradients=3)
+        assert cost == expected
+        kept = [t for t in range(1, 6) if estimator.keeps_graph(t, 5)]
+        assert kept == ([] if terminal else [1, 3, 5])
+
+    @pytest.mark.parametrize("stride", [0, -1])
+    def test_a_stride_below_one_is_refused(self, stride):
+        with pytest.raises(ValueError, match=f"stride must be at least 1, but got {stride}"):
+            Greedy(stride=stride)
+
+
 def test_greedy_prints_what_it_uses():
+    assert repr(Greedy(0.5, stride=3)) == "Greedy(gamma=0.5, stride=3)"
     assert repr(Greedy()) == "Greedy(gamma=0.9)"
     assert repr(Greedy(0.5, terminal=True)) == "Greedy(gamma=0.5, terminal=True)"
     assert repr(Greedy(propagator=LastStep())) == "Greedy(propagator=LastStep())"

@@ -38,11 +38,15 @@ class TestScalarPropagators:
     def test_their_maps(self):
         v = {"w": float64(1.0, -2.0)}
         for n in range(4):
-            torch.testing.assert_close(Decay(0.5).propagate(None, v, n).parameters["w"], 0.5**n * v["w"])
-            assert Decay(0.5).propagate(None, v, n).slots == {}
+            factor, propagated = Decay(0.5).propagate(None, v, range(n, n + 1))
+            torch.testing.assert_close(factor * propagated.parameters["w"], 0.5**n * v["w"])
+            assert propagated.slots == {}
+            assert Decay(0.5).propagate(None, v, range(n, n + 3)).factor == 0.5**n * 1.75
             assert Decay(0.5).reaches(n)
             assert LastStep().reaches(n) == (n == 0)
-        torch.testing.assert_close(LastStep().propagate(None, v, 0).parameters["w"], v["w"])
+        for steps, expected in ((range(1), 1.0), (range(3), 1.0), (range(1, 3), 0.0)):
+            factor, propagated = LastStep().propagate(None, v, steps)
+            torch.testing.assert_close(factor * propagated.parameters["w"], expected * v["w"])
 
     @pytest.mark.parametrize("gamma", [0.0, -0.1, 1.1, float("nan")])
     def test_a_decay_out_of_range_is_refused(self, gamma):

@@ -205,10 +205,11 @@ def test_adam_is_rough_in_its_first_steps_and_good_soon(rule, n_warm, at_least):
 def test_a_preconditioned_response_does_not_grow(curvature):
     case = Case(quadratic(torch.full((P,), curvature).double()), Adam(lr=0.1))
     step = case.products().step(case.state_after(0), case.alpha(), 0, remaining=200)
-    response = Spectral(rank=1).begin(None, step, step.validation().gradient).response
-    for responses in (response.along[:, 0], response.bulk):
-        assert bool(torch.isfinite(responses).all())
-        assert float(responses[:, 0].abs().max()) < 20
+    response = Spectral(rank=1).begin(None, step, step.validation().gradient, 200).response
+    responses = torch.stack([response.after(range(n, n + 1)) for n in range(201)])
+    assert responses.shape == (201, 2, 2)  # along one direction and in the rest, on the weights and the moment
+    assert bool(torch.isfinite(responses).all())
+    assert float(responses[:, :, 0].abs().max()) < 20
 
 
 class TestHorizonAfterHorizon:
@@ -267,9 +268,10 @@ class TestHorizonAfterHorizon:
         products, propagator, known, state = case.products(), Spectral(rank=P), None, case.state_after(0)
         for batch in (0, 1):
             step = products.step(state, case.alpha(), batch, remaining=20)
-            known = propagator.begin(known and propagator.carry(known), step, step.validation().gradient)
+            known = propagator.begin(known and propagator.carry(known), step, step.validation().gradient, 20)
             state = step.after
-        torch.testing.assert_close(known.response.along[1, :, 0].sort().values, (1 - 0.1 * SPREAD.abs()).sort().values)
+        along = known.response.after(range(1, 2))[:-1, 0]
+        torch.testing.assert_close(along.sort().values, (1 - 0.1 * SPREAD.abs()).sort().values)
 
     def test_a_terminal_estimate_carries_nothing_over(self):
         case, estimator = Case(quadratic(), SGD(lr=0.1)), Greedy(propagator=Spectral(rank=2), terminal=True)

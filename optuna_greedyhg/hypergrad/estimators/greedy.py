@@ -6,6 +6,14 @@ In the paper h_n = γ^n: the product A_T···A_{t+1} of the exact hypergradient
 γ^{T−t} v_t. So one running sum is enough: memory O(P+H) whatever T is, T products, no reverse sweep, and no need for
 converged training. Other maps h_n are in ``propagators``. The *terminal* variant has v_T in place of v_t.
 
+With a *stride* of k, only the steps t = T, T−k, T−2k, ... have a term. Each stands for the k steps that end with it, or
+for as many as there are, whose own v·B is taken to be the same:
+
+    d̂ = ∇_α L_val(w_T, α) + Σ_t v_t·(h_{T−t} + ... + h_{T−t+m−1})·B_t,      m = min(k, t)
+
+so that the sum is that of k = 1 where v_t·B_t does not vary: with h_n = γ^n, the weights of the terms add up to
+(1 − γ^T)/(1 − γ), whatever k is.
+
 Source: K. Yakovlev, "Generalized greedy gradient-based hyperparameter optimization", 2024.
 """
 
@@ -27,7 +35,8 @@ class Sum(NamedTuple):
     total: Tensors
     carried: Any
     known: Any
-    n_observed: int
+    has_begun: bool
+    n_skipped: int  # steps since the last one that had a term
     start: TrainState | None
     recipes: tuple[StepRecipe, ...]
 
@@ -36,9 +45,9 @@ class Sum(NamedTuple):
 class Greedy(Estimator[Sum]):
     """The greedy estimate with decay γ; ``Greedy(gamma=0.0)`` is T1–T2 (Luketina et al., 2016), v_T·B_T alone.
 
-    Costs T products and T validation gradients per outer step (one of each for γ = 0), in O(P+H) memory. The terminal
-    variant costs T products, T more training gradients and one validation gradient; it keeps the horizon's
-    batches, and carries nothing over to the next horizon.
+    Costs T products and T validation gradients per outer step (one of each for γ = 0), in O(P+H) memory; with a stride
+    of k, ⌈T/k⌉ of each. The terminal variant costs as many products, T more training gradients and one validation
+    gradient; it keeps the horizon's batches, and carries nothing over to the next horizon.
 
     The sum's zero is that of the hypergradient only when weights are carried on between outer steps: with running
     validation gradients and weights that restart from w_0, early v_t never vanish and the descent stops at a wrong
@@ -48,27 +57,32 @@ class Greedy(Estimator[Sum]):
         gamma: The decay γ in [0, 1]. 1 − lr·(typical curvature of the training loss) is the best single number.
         propagator: Propagates otherwise than by γ^n, for example :class:`Spectral`; ``gamma`` then is not used.
         terminal: Whether v_T takes the place of all v_t, in a second pass over the horizon.
+        stride: Every how many steps, counted from the last, there is a term.
 
     Raises:
-        ValueError: If ``gamma`` is outside of [0, 1].
+        ValueError: If ``gamma`` is outside of [0, 1], or ``stride`` is below 1.
     """
 
     gamma: float = 0.9
     propagator: Propagator[Any] | None = None
     terminal: bool = False
+    stride: int = 1
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.gamma <= 1.0:
             raise ValueError(f"gamma must be in [0, 1], but got {self.gamma}.")
+        if self.stride < 1:
+            raise ValueError(f"stride must be at least 1, but got {self.stride}.")
 
     def __repr__(self) -> str:
         how = f"gamma={self.gamma}" if self.propagator is None else f"propagator={self.propagator}"
-        return f"{type(self).__name__}({how}{', terminal=True' if self.terminal else ''})"
+        others = [", terminal=True"] * self.terminal + [f", stride={self.stride}"] * (self.stride > 1)
+        return f"{type(self).__name__}({how}{''.join(others)})"
 
     @property
     def traits(self) -> Traits:
         reaches_back, overhead = self._propagator.reaches(1), self._propagator.overhead
-        n_terms = "T" if reaches_back else "1"
+        n_terms = "1" if not reaches_back else "T" if self.stride == 1 else "⌈T/s⌉"
         return Traits(
             online=not self.terminal,
             long_horizon=reaches_back,
@@ -88,10 +102,10 @@ class Greedy(Estimator[Sum]):
         return self._propagator.stackable
 
     def keeps_graph(self, t: int, horizon: int) -> bool:
-        return not self.terminal and self._propagator.reaches(horizon - t)
+        return not self.terminal and self._has_term(horizon - t)
 
     def init(self, alpha: Tensors) -> Sum:
-        return Sum(trees.zeros_like(alpha), None, None, 0, None, ())
+        return Sum(trees.zeros_like(alpha), None, None, False, 0, None, ())
 
     def carry(self, memory: Sum) -> Any:
         return None if memory.known is None else self._propagator.carry(memory.known)
@@ -102,35 +116,44 @@ class Greedy(Estimator[Sum]):
     def observe(self, memory: Sum, step: InnerStep) -> Sum:
         if self.terminal:
             return memory._replace(start=memory.start or step.before, recipes=(*memory.recipes, step.recipe))
-        if not self._propagator.reaches(step.remaining):
-            return memory._replace(n_observed=memory.n_observed + 1)  # do not pay for a term that is zero
-        return self._add(memory, step, step.validation().gradient)
+        return self._add(memory, step, step) if self._has_term(step.remaining) else _skipped(memory)
 
     def estimate(self, memory: Sum, end: InnerStep) -> Tensors:
         if self.terminal:
             assert memory.start is not None
             state = memory.start
             for recipe in memory.recipes:
-                step = recipe.make(state, keep_graph=self._propagator.reaches(recipe.remaining))
-                if self._propagator.reaches(recipe.remaining):
-                    memory = self._add(memory, step, end.validation().gradient)
+                has_term = self._has_term(recipe.remaining)
+                step = recipe.make(state, keep_graph=has_term)
+                memory = self._add(memory, step, end) if has_term else _skipped(memory)
                 state = step.after
         return trees.add(end.validation().direct, memory.total)
 
-    def _add(self, memory: Sum, step: InnerStep, v: Tensors) -> Sum:
-        """Adds the term (v·h_{T−t})·B_t of one step."""
-        propagator = self._propagator
+    def _has_term(self, remaining: int) -> bool:
+        """Whether a step is worth the cost of a product: neither between two strides nor without any influence."""
+        return remaining % self.stride == 0 and self._propagator.reaches(remaining)
+
+    def _add(self, memory: Sum, step: InnerStep, validated: InnerStep) -> Sum:
+        """Adds the term v·(h_{T−t} + ...)·B_t of one step, with v that of another or its own."""
+        propagator, v = self._propagator, validated.validation().gradient
+        n_steps = min(memory.n_skipped + 1, self.stride)
+        steps = range(step.remaining, step.remaining + n_steps)
         with step.held():
-            if memory.n_observed == 0:
-                known = propagator.begin(memory.carried, step, v)
+            if memory.has_begun:
+                known = propagator.proceed(memory.known, step, v, steps[-1])
             else:
-                known = propagator.proceed(memory.known, step, v)
-            term = step.times_b(propagator.propagate(known, v, step.remaining))
-        return memory._replace(total=trees.add(memory.total, term), known=known, n_observed=memory.n_observed + 1)
+                known = propagator.begin(memory.carried, step, v, steps[-1])
+            factor, propagated = propagator.propagate(known, v, steps)
+            total = trees.add_scaled(memory.total, factor, step.times_b(propagated))
+        return memory._replace(total=total, known=known, has_begun=True, n_skipped=0)
 
     @property
     def _propagator(self) -> Propagator[Any]:
         return self.propagator or (Decay(self.gamma) if self.gamma > 0.0 else LastStep())
+
+
+def _skipped(memory: Sum) -> Sum:
+    return memory._replace(n_skipped=memory.n_skipped + 1)
 
 
 def _sum(*counts: str) -> str:

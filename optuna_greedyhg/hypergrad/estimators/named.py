@@ -22,6 +22,7 @@ ESTIMATORS: Mapping[str, Estimator[Any]] = MappingProxyType(
         "first-order": FirstOrder(),
         "t1t2": Greedy(gamma=0.0),
         "greedy": Greedy(),
+        "strided": Greedy(stride=5),
         "terminal": Greedy(terminal=True),
         "spectral": Greedy(propagator=Spectral()),
         "ift": Implicit(Neumann()),
