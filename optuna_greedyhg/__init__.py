@@ -19,6 +19,7 @@ from optuna_greedyhg.hypergrad.estimators import (
 from optuna_greedyhg.hypergrad.evaluation import Evaluation, Online, Retrain
 from optuna_greedyhg.hypergrad.outer import Decaying, TrustRegion
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
+from optuna_greedyhg.hypergrad.product_modes import ProductMode, UnsupportedOperatorError
 from optuna_greedyhg.hypergrad.propagators import Decay, LastStep
 from optuna_greedyhg.hypergrad.spectral import Spectral
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW, UpdateRule
@@ -71,12 +72,14 @@ __all__ = [
     "OuterStep",
     "Policy",
     "Positive",
+    "ProductMode",
     "Promising",
     "Retrain",
     "Reverse",
     "Spectral",
     "TrustRegion",
     "Unbounded",
+    "UnsupportedOperatorError",
     "UpdateRule",
     "descend",
     "optimize_batched",

@@ -15,7 +15,7 @@ HYPERGRAD = sorted(PACKAGE.glob("hypergrad/**/*.py"))
 ROOMS = ("hypergrad", "trials", "report", "tasks", "cli")
 FLOORS = (
     {"trees", "cost", "clock", "peak_memory", "convolution", "likeness", "outer"},
-    {"domains", "randomness"},
+    {"domains", "randomness", "product_modes"},
     {"batches"},
     {"problem", "update_rules"},
     {"episodes"},
@@ -80,7 +80,12 @@ def test_a_file_of_the_mathematics_imports_only_from_floors_above(file):
 
 @pytest.mark.parametrize("file", HYPERGRAD, ids=name_of)
 def test_only_products_and_curvature_call_autograd(file):
-    if file.stem in ("products", "curvature", "convolution"):  # the last defines an operator, and calls nothing
+    if file.stem in (
+        "products",
+        "product_modes",
+        "curvature",
+        "convolution",
+    ):  # the last defines an operator, and calls nothing
         return
     attributes = {node.attr for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
     assert not attributes & {"autograd", "backward", "jvp", "vjp", "jacrev", "jacfwd", "hessian"}

@@ -57,6 +57,8 @@ def audit(
     window = f"training steps {at_step + 1} to {at_step + horizon}"
     console.print(f"Estimates of the hypergradient of {task.value}, {window}", style="bold", highlight=False)
     console.print(audit_table(rows))
+    if modes := {row.product_mode.value for row in rows if row.product_mode is not None}:
+        console.print(f"Products in {' and '.join(sorted(modes))} mode", highlight=False)
     for row in rows:
         if row.error is not None:
             console.print(f"{row.name}: {' '.join(row.error.split())}", highlight=False, markup=False)

@@ -35,6 +35,7 @@ from optuna_greedyhg.hypergrad.domains import Hyperparameter, to_coordinates
 from optuna_greedyhg.hypergrad.estimators import Estimator, Fixed, Folded, Reverse, fold
 from optuna_greedyhg.hypergrad.peak_memory import peak_bytes
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
+from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.products import InnerStep, Products, StepRecipe, TrainState
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import UpdateRule, require_hyperparameters
@@ -58,6 +59,7 @@ class AuditRow:
         relative_seconds: The same, relative to plain training of that horizon, measured side by side.
         peak_bytes: The most memory that tensors held at a time beyond what was held at the start; ``None`` if unknown.
         cost: What the horizon has cost, its training included; ``None`` if unknown.
+        product_mode: How products have differentiated the training loss twice, all estimators alike; ``None`` for not.
         error: What went wrong; ``None`` for nothing. All numbers are NaN or ``None`` where the estimator has raised it.
     """
 
@@ -70,11 +72,13 @@ class AuditRow:
     relative_seconds: float = math.nan
     peak_bytes: int | None = None
     cost: Cost | None = None
+    product_mode: ProductMode | None = None
     error: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """A dictionary of plain numbers, the cost's among them; what is not finite is ``None``."""
-        flat = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "cost"}
+        flat = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in ("cost", "product_mode")}
+        flat["product_mode"] = self.product_mode and self.product_mode.value
         cost = {} if self.cost is None else asdict(self.cost)
         return {**flat, "cost": None if self.cost is None else self.cost.total, **cost}
 
@@ -161,6 +165,7 @@ class HypergradientAudit:
                 relative_seconds=seconds / plain,
                 peak_bytes=n_bytes,
                 cost=cost,
+                product_mode=self._path.recipes[-1].products.product_mode if cost.n_products else None,
             )
         except Exception as error:  # of any kind: the caller's own estimators are audited, too
             return AuditRow(name, error=f"{type(error).__name__}: {error}")

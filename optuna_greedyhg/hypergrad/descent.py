@@ -31,6 +31,7 @@ from optuna_greedyhg.hypergrad.episodes import Problem
 from optuna_greedyhg.hypergrad.estimators import Estimator, Fixed
 from optuna_greedyhg.hypergrad.evaluation import Evaluation, Online, Protocol, Retrain
 from optuna_greedyhg.hypergrad.outer import ADAM, OuterOptimizer
+from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.products import Products, TrainState
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import UpdateRule, require_hyperparameters
@@ -56,6 +57,7 @@ class OuterStep:
         resume_point: All that the descent needs to go on from here, as ``descend(resume_from=...)``. It is made of
             tensors, batches, numbers, strings, ``None``, and tuples, lists and dictionaries of these, which are not to
             be changed; ``torch.save`` writes it, and ``torch.load(weights_only=True)`` reads it.
+        product_mode: How products have differentiated the training loss twice; ``None`` if there has been none.
     """
 
     index: int
@@ -67,6 +69,7 @@ class OuterStep:
     cost: Cost
     stopped: Stop | None
     resume_point: Mapping[str, Any] = field(repr=False)
+    product_mode: ProductMode | None = None
 
 
 Descent = Generator[Work | OuterStep, Any, None]
@@ -281,7 +284,8 @@ def _outer_loop(
         roll_out = yield from walker.roll_out(k)
         if roll_out is None:
             point = walker.resume_point(k, best, since_best)
-            yield OuterStep(k, best.values, nan, nan, None, best, replace(products.cost), "diverged", point)
+            mode = products.product_mode
+            yield OuterStep(k, best.values, nan, nan, None, best, replace(products.cost), "diverged", point, mode)
             return
         norm, trained_under = trees.norm(roll_out.hypergradient), walker.alpha
         if moves:
@@ -302,7 +306,8 @@ def _outer_loop(
         values = trees.clone(dict(products.values(walker.alpha)))
         val_loss = nan if roll_out.val_loss is None else float(roll_out.val_loss)
         point = walker.resume_point(k, best, since_best)
-        yield OuterStep(k, values, val_loss, float(norm), evaluated, best, replace(products.cost), stopped, point)
+        cost, mode = replace(products.cost), products.product_mode
+        yield OuterStep(k, values, val_loss, float(norm), evaluated, best, cost, stopped, point, mode)
         if stopped:
             return
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from optuna_greedyhg.hypergrad.problem import BilevelProblem, Loss, Metric
+from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 
@@ -49,6 +50,7 @@ class MetaProblem:
         n_episodes: Number of episodes in an outer step.
         metrics: Further scores by name, ``(model, alpha, batch) -> mean``.
         outer_parameters: The parameters of the model that are hyperparameters.
+        product_mode: As for :class:`BilevelProblem`.
 
     Raises:
         TypeError: If ``draw`` is not callable, or as :class:`BilevelProblem` does.
@@ -69,6 +71,7 @@ class MetaProblem:
         n_episodes: int = 1,
         metrics: Mapping[str, Metric] | None = None,
         outer_parameters: Sequence[str] = (),
+        product_mode: ProductMode | None = None,
     ) -> None:
         if not callable(draw):
             raise TypeError("draw must be a function without arguments that returns an Episode.")
@@ -86,6 +89,7 @@ class MetaProblem:
             val_batches=val_batches,
             metrics=metrics,
             outer_parameters=outer_parameters,
+            product_mode=product_mode,
         )
         self.val_episodes = (first, *(first.with_batches(*episode) for episode in held_out[1:]))
         self.test_episodes = tuple(first.with_batches(*episode) for episode in test_episodes)

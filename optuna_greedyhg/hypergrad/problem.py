@@ -31,6 +31,7 @@ from torch.func import functional_call
 from optuna_greedyhg.hypergrad import batches, likeness, randomness, trees
 from optuna_greedyhg.hypergrad.batches import Batch, Source, Stream
 from optuna_greedyhg.hypergrad.domains import Hyperparameter
+from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.randomness import RandomState
 from optuna_greedyhg.hypergrad.trees import Tensors
 
@@ -93,13 +94,17 @@ class BilevelProblem:
         val_loss: ``(model, alpha, batch) -> L_val``, a 0-dimensional tensor; also the loss reported on the test split.
         train_batches: A ``DataLoader``, a list, an endless iterator, or one full batch (a tensor, a dictionary, or a
             tuple of tensors).
-        val_batches: Likewise.
+        val_batches: Likewise, in batches of their own size: each validation gradient takes the next one, so a batch of
+            a tenth of the training batch makes it cost a tenth. An evaluation passes over all of them.
         test_batches: Likewise; evaluated and recorded, never optimised.
         metrics: Further numbers to record on the validation and test splits: ``(model, alpha, batch) -> mean``.
         n_eval_batches: How many batches make an evaluation of a split; ``None`` means a whole pass.
         outer_parameters: Names of parameters, or of modules for all of theirs (``"1"`` or ``"1."``), that are
             hyperparameters: declare each in α under its name, starting from ``outer_parameters[name]``. They are not
             trained, whether they have ``requires_grad`` or not.
+        product_mode: How the training loss is differentiated twice. By default in reverse, which is the fastest, or
+            forward where an operator has no second derivative in reverse. Forward can be forced where memory is short,
+            differences where an operator has neither.
 
     Raises:
         TypeError: If a loss is not callable, batches cannot be iterated over, or ``outer_parameters`` is a string.
@@ -120,6 +125,7 @@ class BilevelProblem:
         metrics: Mapping[str, Metric] | None = None,
         n_eval_batches: int | None = None,
         outer_parameters: Sequence[str] = (),
+        product_mode: ProductMode | None = None,
     ) -> None:
         if not callable(train_loss) or not callable(val_loss):
             raise TypeError("train_loss and val_loss must be functions of (model, alpha, batch).")
@@ -145,6 +151,7 @@ class BilevelProblem:
         self._train_loss = train_loss
         self._val_loss = val_loss
         self._metrics = dict(metrics or {})
+        self.product_mode = product_mode
         self._set_batches(train_batches, val_batches, test_batches, n_eval_batches)
 
     def with_batches(self, train_batches: Any, val_batches: Any) -> BilevelProblem:

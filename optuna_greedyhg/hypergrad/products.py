@@ -7,7 +7,8 @@ through the update rule, which is elementwise and cheap, and through the gradien
     u = v·∂Φ/∂g,      v·B = u·∂g/∂α + (v·∂Φ/∂θ)·∂θ/∂α,      v·A = u·∇²_w L_train + v·∂Φ/∂(w, s)
 
 u·∂g/∂α is taken in reverse over the training step's own graph, which is kept until the product is made and then freed,
-or is built again by replaying the step with the same batch and random numbers.
+or is built again by replaying the step with the same batch and random numbers. Where an operator of the loss has no
+second derivative in reverse, or where the problem says so, it is taken in another of the ``product_modes``.
 
 All derivatives in α are with respect to its unconstrained *coordinates* (see ``domains``). Buffers (BatchNorm's running
 statistics) are constants of the derivatives.
@@ -31,6 +32,14 @@ from optuna_greedyhg.hypergrad.convolution import Demand, LeanConvolutions
 from optuna_greedyhg.hypergrad.cost import Cost
 from optuna_greedyhg.hypergrad.domains import Domain, Unbounded, Values
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
+from optuna_greedyhg.hypergrad.product_modes import (
+    Along,
+    ModeInUse,
+    ProductMode,
+    along_by_differences,
+    along_by_forward_mode,
+    require_whole,
+)
 from optuna_greedyhg.hypergrad.randomness import RandomState
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import Slots, Theta, UpdateRule, resolve
@@ -91,12 +100,18 @@ class Products:
         self.train_stream: Stream = problem.train_stream()
         self.val_stream: Stream = problem.val_stream()
         self.cost = Cost()
+        self.mode = ModeInUse(problem.product_mode)
         self._domains = dict(domains)
 
     @property
     def domains(self) -> Mapping[str, Domain]:
         """Every hyperparameter's domain, by name."""
         return dict(self._domains)
+
+    @property
+    def product_mode(self) -> ProductMode | None:
+        """How u·∂g/∂α is taken; ``None`` while it has not been: none is needed where the update rule alone reads α."""
+        return self.mode.proven
 
     @property
     def position(self) -> dict[str, Any]:
@@ -202,13 +217,14 @@ class StepRecipe:
 
     def cook(self, state: TrainState, keep_graph: bool) -> InnerStep:
         """The step with the random numbers that come."""
-        graph = self._gradient(state, create_graph=keep_graph)
+        create_graph = keep_graph and self.products.mode.current is ProductMode.REVERSE
+        graph = self._gradient(state, create_graph=create_graph)
         gradient = {name: g.detach() for name, g in graph.gradient.items()}
         update = self.update(state, gradient, with_graph=keep_graph)
         parameters = {name: w.detach() for name, w in update.parameters.items()}
         slots = {kind: {name: x.detach() for name, x in tree.items()} for kind, tree in update.slots.items()}
         after = TrainState(parameters, graph.buffers, slots, state.n_steps + 1)
-        kept = graph if keep_graph and graph.reads else None
+        kept = graph if create_graph and graph.reads else None
         return InnerStep(self, state, after, gradient, graph.reads, kept, update if keep_graph else None)
 
     def update(self, state: TrainState, gradient: Tensors, *, with_graph: bool, of_state: bool = False) -> _Update:
@@ -226,6 +242,17 @@ class StepRecipe:
         """∇_w L_train at a state, with its graph, and with the random numbers that the step had."""
         with self._replayed():
             return self._gradient(state, create_graph=True)
+
+    def along(self, mode: ProductMode, state: TrainState, u: Tensors, to_state: bool, reads: tuple[str, ...]) -> Along:
+        """u·∇²_w L_train and u·∂g/∂α in a mode that needs no graph, with the random numbers that the step had."""
+
+        def loss(w: Tensors, z: Tensors) -> Tensor:
+            with self._replayed(), sdpa_kernel(SDPBackend.MATH):  # which has a forward derivative, too
+                values = self.products.values({**self.alpha, **z})
+                return self.products.problem.train(w, state.buffers, values, self.batch)[0]
+
+        take = along_by_forward_mode if mode is ProductMode.FORWARD else along_by_differences
+        return take(loss, state.parameters, {name: self.alpha[name] for name in reads}, u, to_state)
 
     def _replayed(self) -> AbstractContextManager[None]:
         return randomness.restored(self.random_state, self.products.problem.device)
@@ -395,17 +422,30 @@ class InnerStep:
 
     def _through_gradient(self, u: Tensors, to_state: bool, reads: tuple[str, ...]) -> tuple[Tensors, Tensors]:
         """u·∇²_w L_train (empty unless ``to_state``) and u·∂g/∂α for the hyperparameters ``reads``."""
+        products, n_results = self.recipe.products, bool(to_state) + bool(reads)
+        if not n_results:
+            return {}, {}
+
+        def take(mode: ProductMode) -> Along:
+            if mode is ProductMode.REVERSE:
+                return self._through_graph(u, to_state, reads)
+            return self.recipe.along(mode, self.before, u, to_state, reads)
+
+        product = products.mode.make(take)
+        products.cost.n_products += products.problem.n_examples(self.recipe.batch) * n_results
+        return product.weights, product.coordinates
+
+    def _through_graph(self, u: Tensors, to_state: bool, reads: tuple[str, ...]) -> Along:
         graph = self._take_graph()
         graph.demand.state = to_state
         w = graph.w if to_state else {}
         z = {name: graph.z[name] for name in reads}
         # A gradient that is constant in w and α (a loss linear in both) has no graph, and a derivative of zero.
         live = [name for name, g in graph.gradient.items() if g.requires_grad]
+        if self.recipe.products.product_mode is None:
+            require_whole([graph.gradient[name] for name in live])
         outputs, cotangents = [graph.gradient[name] for name in live], [u[name] for name in live]
-        w_bar, z_bar = _grad(outputs, [w, z], cotangents, retain_graph=self._held)
-        products = self.recipe.products
-        products.cost.n_products += products.problem.n_examples(self.recipe.batch) * (bool(z) + bool(w))
-        return w_bar, z_bar
+        return Along(*_grad(outputs, [w, z], cotangents, retain_graph=self._held))
 
     def _take_update(self, of_state: bool) -> _Update:
         """The step's update with its graph, which is there for one use, as the gradient's is."""

@@ -55,7 +55,8 @@ class Response(NamedTuple):
 
     def after(self, steps: range) -> Tensor:
         """Σ_n r(n; λ) over these n, the first rows of the transitions' powers; shape (k + 1, m)."""
-        row = total = torch.linalg.matrix_power(self.transitions, steps[0])[:, 0]
+        row: Tensor = torch.linalg.matrix_power(self.transitions, steps[0])[:, 0]
+        total = row
         for _ in steps[1:]:
             row = torch.einsum("ki,kij->kj", row, self.transitions)
             total = total + row

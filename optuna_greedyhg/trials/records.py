@@ -7,6 +7,7 @@ User attributes, flat so that the dashboard can sort by them; a number that is n
     cost_n_train_gradients, cost_n_val_gradients, cost_n_products, cost_n_evaluations   in examples
     cost_seconds                    wall-clock time inside ``refine``
     best_outer_step, n_outer_steps, stopped     where the best α was found, how far it went, and why it ended
+    product_mode                    how the training loss was differentiated twice; ``None`` if it was not
     policy, refined                 what has decided whether to refine the trial, and whether it was to be: a bool
     resumed_from                    the outer step from which a retried trial has gone on; ``None`` if it started over
     inherited_from                  the number of the trial that tensors were inherited from, ``None`` if it was in vain

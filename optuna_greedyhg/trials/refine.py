@@ -28,6 +28,7 @@ from optuna_greedyhg.hypergrad.episodes import Problem
 from optuna_greedyhg.hypergrad.estimators import Estimator, Greedy
 from optuna_greedyhg.hypergrad.evaluation import Online, Protocol
 from optuna_greedyhg.hypergrad.outer import ADAM, OuterOptimizer
+from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.update_rules import UpdateRule
 from optuna_greedyhg.hypergrad.work import Walk, at_once
 from optuna_greedyhg.trials import records
@@ -215,6 +216,7 @@ class _Recorder:
         self._trajectory = records.Trajectory()
         self._improvements: list[records.Row] = []
         self._achieved: Achieved | None = None
+        self._product_mode: ProductMode | None = None
         self._reports: dict[int, float] = {}
         self._known: frozenset[int] = frozenset()  # outer steps that the trial was queued with
         self.start = time.perf_counter()
@@ -257,6 +259,7 @@ class _Recorder:
     def observe(self, step: OuterStep) -> None:
         """Takes note of an outer step, and reports it if it was evaluated."""
         self._achieved = Achieved(step.index, step.best, step.cost)
+        self._product_mode = step.product_mode
         score = None if step.evaluation is None else step.evaluation.scores[self._options.metric]
         self._trajectory.append(
             step.index, score, step.values, val_loss=step.val_loss, hypergradient_norm=step.hypergradient_norm
@@ -311,6 +314,7 @@ class _Recorder:
                 "best_outer_step": best.outer_step,
                 "n_outer_steps": self._achieved.n_outer_steps,
                 "stopped": stopped,
+                "product_mode": self._product_mode and self._product_mode.value,
             },
         )
         records.write_trajectory(self._trial, self._trajectory)
