@@ -3,7 +3,8 @@
 A storage with heartbeats finds out that a worker is dead, and ``RetryHeartbeatStaleTrialCallback`` queues its trial
 anew, with all its attributes. One of them, a system attribute, says where the refinement stands:
 
-    greedyhg:checkpoint     {"artifact": id, "sha256": digest, "leftovers": [id, ...]}; None when the trial has ended
+    greedyhg:checkpoint     {"artifact": id, "sha256": digest, "leftovers": [id, ...]}
+                            {"ended": number} when the trial of this number has ended, and there is none any more
 
 The artifact is a file of ``torch.save``, ``{"version": 1, "signature": {...}, "content": {...}}``, which is loaded with
 ``weights_only=True``. One is replaced by the next in this order:
@@ -38,6 +39,7 @@ from optuna_greedyhg.trials.signatures import Signature, difference
 
 PREFIX = "greedyhg-checkpoint-"
 _ATTRIBUTE = "greedyhg:checkpoint"
+_ENDED = "ended"
 _VERSION = 1
 
 _logger = logging.getLogger("optuna.greedyhg")
@@ -76,9 +78,11 @@ class Checkpoints:
         Args:
             trial: The trial as its storage has it.
         """
-        found = trial.system_attrs.get(_ATTRIBUTE)
-        if found is not None and self._store is None:
-            self._warn_of_refusal("it is in an artifact store, and none was given")
+        noted = trial.system_attrs.get(_ATTRIBUTE)
+        found = None if noted is None or _ENDED in noted else noted  # a trial may die when it has all but ended
+        if self._store is None:
+            if found is not None:
+                self._warn_of_refusal("it is in an artifact store, and none was given")
             return None
         content: dict[str, Any] | None = None
         if found is not None:
@@ -86,7 +90,7 @@ class Checkpoints:
             content = self._content()
             if content is None:
                 self._abandon()
-        if found is not None or self._every > 0:
+        if noted is not None or self._every > 0:
             self._note()
         self._remove_leftovers()
         return content
@@ -132,7 +136,7 @@ class Checkpoints:
             self._note()  # if this fails, the checkpoint may be needed yet
             self._leftovers.append(self._next)
             self._remove_leftovers()
-            self._set_attribute(None)
+            self._set_attribute({_ENDED: self._trial.number})
 
     def _abandon(self) -> None:
         if self._current is not None:
@@ -144,7 +148,7 @@ class Checkpoints:
         self._set_attribute({"artifact": self._current, "sha256": self._sha256, "leftovers": leftovers})
         self._noted = True
 
-    def _set_attribute(self, value: Mapping[str, Any] | None) -> None:
+    def _set_attribute(self, value: Mapping[str, Any]) -> None:
         assert isinstance(self._trial, Trial)  # it has had a store
         outlast(self._trial.storage.set_trial_system_attr, self._trial._trial_id, _ATTRIBUTE, value)
 
@@ -220,8 +224,11 @@ def heartbeat_interval(storage: BaseStorage) -> int | None:
 
 
 def is_unfinished(trial: FrozenTrial) -> bool:
-    """Whether a trial has been refined with checkpoints, and not come to an end of it."""
-    return trial.system_attrs.get(_ATTRIBUTE) is not None
+    """Whether a trial has been refined with checkpoints, and not come to an end of it.
+
+    Neither has one that was queued in place of such a trial, even if it has not begun, or if that had all but ended.
+    """
+    return trial.system_attrs.get(_ATTRIBUTE) not in (None, {_ENDED: trial.number})
 
 
 def _new_name() -> str:

@@ -191,7 +191,7 @@ class TestKillsAtAnyMoment:
                 trial = run(study, fuse.store, objective=problems.refine, **SMALL)
             assert_same(trial, expected)
             assert left(folder) == []
-            assert trial.system_attrs[ATTRIBUTE] is None
+            assert trial.system_attrs[ATTRIBUTE] == {"ended": trial.number}
         assert len(killed_after) > 15
         assert set(killed_after) == OPERATIONS
         made = [outer_step for outer_step in survived if outer_step is not None]
@@ -201,7 +201,7 @@ class TestKillsAtAnyMoment:
     @staticmethod
     def checkpoint(study: optuna.Study, folder: Path) -> int | None:
         """The outer step of the checkpoint that there is, which is whole; no file is unknown to the trial."""
-        attribute = study.trials[-1].system_attrs.get(ATTRIBUTE) or {"artifact": None, "leftovers": []}
+        attribute = {"artifact": None, "leftovers": []} | study.trials[-1].system_attrs.get(ATTRIBUTE, {})
         current = attribute["artifact"]
         assert set(left(folder)) <= {current, *attribute["leftovers"]}
         if current is None:
@@ -509,7 +509,7 @@ class TestTheEndOfATrial:
         assert trial.state == state
         assert trial.params["lr"] == trial.user_attrs["refined_lr"]
         assert left(folder) == []
-        assert trial.system_attrs[ATTRIBUTE] is None
+        assert trial.system_attrs[ATTRIBUTE] == {"ended": trial.number}
 
     def test_one_that_fails_before_it_has_gone_on_keeps_what_was_found(
         self, store: FileSystemArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -126,6 +126,31 @@ def test_one_that_has_failed_and_left_a_checkpoint_is_retried_once(
     assert len(study.trials) == 2
 
 
+def test_one_that_was_queued_for_a_trial_that_had_all_but_ended_is_retried(
+    storage: RDBStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one is killed between its end and Optuna's note of it, and the other before it has begun."""
+    study, store = retries.study_on(storage), FileSystemArtifactStore(tmp_path)
+
+    def dies_at_its_end(trial: optuna.Trial) -> float:
+        retries.refine(trial, artifact_store=store)
+        raise retries.Killed
+
+    for objective in (dies_at_its_end, lambda _: retries.raise_killed()):
+        with pytest.raises(retries.Killed):
+            study.optimize(objective, n_trials=1)
+        if study.trials[-1].number == 0:
+            retries.requeue(study)
+    storage.set_trial_state_values(study.trials[1]._trial_id, TrialState.FAIL)
+    pass_time(monkeypatch, 121)
+    ghg.requeue_lost_trials(study)
+    study.optimize(lambda trial: retries.refine(trial, artifact_store=store), n_trials=1)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE]
+    retries.assert_same(study.trials[2], retries.undisturbed(study.trials[0].user_attrs["seed_lr"]))
+    ghg.requeue_lost_trials(study)
+    assert len(study.trials) == 3
+
+
 def test_one_that_has_failed_by_an_error_is_not(
     storage: RDBStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
