@@ -18,7 +18,7 @@ from optuna_greedyhg.trials import records
 from optuna_greedyhg.trials.inheritance import Ancestor, find_ancestor, inherited
 from optuna_greedyhg.trials.outages import outlast
 from optuna_greedyhg.trials.records import ArtifactStore
-from optuna_greedyhg.trials.sampler import GreedyHGSampler
+from optuna_greedyhg.trials.sampler import GreedyHGSampler, sampler_of
 
 Choice = TypeVar("Choice", bound=CategoricalChoiceType)
 
@@ -188,21 +188,32 @@ class Alpha:
         return better or start
 
     def _seed(self, name: str, distribution: FloatDistribution) -> float:
-        sampler = self._sampler()
+        queued, sampler = self._queued_seed(name, distribution), self._sampler()
         if sampler is None:
-            return self._trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+            drawn = self._trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+            if queued is not None and queued != drawn:
+                _logger.warning(
+                    f"Trial {self._trial.number}: its enqueued seed {name}={queued} is not used, as the study's "
+                    f"sampler is no GreedyHGSampler; call enqueue_trial({{{name!r}: {queued}}})."
+                )
+            return drawn
         assert isinstance(self._trial, Trial)
+        seed = sampler.seed(self._trial, name, distribution) if queued is None else queued
         sampler.register(self._trial, name, self._settle)
-        seed = records.read_seed(self._trial, name)
-        if seed is not None and not distribution.low <= seed <= distribution.high:
-            _logger.warning(
-                f"Trial {self._trial.number}: its seed {name}={seed} is outside of {distribution}; drawing another."
-            )
-            seed = None
-        if seed is None:
-            seed = sampler.seed(self._trial, name, distribution)
         self._uncommitted[name] = seed
         return seed
+
+    def _queued_seed(self, name: str, distribution: FloatDistribution) -> float | None:
+        """The seed that the trial was enqueued, or is retried, with."""
+        seed = records.read_seed(self._trial, name)
+        if seed is not None and distribution.low <= seed <= distribution.high:
+            return seed
+        if records.SEED + name in self._trial.user_attrs:
+            _logger.warning(
+                f"Trial {self._trial.number}: its seed {name}={self._trial.user_attrs[records.SEED + name]!r} is no "
+                f"number in {distribution}; drawing another."
+            )
+        return None
 
     def _write_uncommitted(self) -> None:
         for name, value in list(self._uncommitted.items()):
@@ -221,9 +232,9 @@ class Alpha:
         written = outlast(self._trial.suggest_float, name, distribution.low, distribution.high, log=distribution.log)
         if written != value:
             _logger.warning(
-                f"Trial {self._trial.number}: {name} stays at its enqueued value {written}, its refined value "
-                f"{value} is in the trial's attributes. To enqueue a seed only, call "
-                f"enqueue_trial({{}}, user_attrs={{'seed_{name}': ...}})."
+                f"Trial {self._trial.number}: {name} stays at its enqueued value {written}, or that of a "
+                f"PartialFixedSampler; its refined value {value} is in the trial's attributes. To enqueue a seed only, "
+                f"call enqueue_trial({{}}, user_attrs={{'seed_{name}': ...}})."
             )
 
     def _settle(self) -> Trial:
@@ -236,11 +247,8 @@ class Alpha:
         return self._trial
 
     def _sampler(self) -> GreedyHGSampler | None:
-        """The study's sampler, if it can draw a seed for this trial without writing it."""
-        if not isinstance(self._trial, Trial):
-            return None
-        sampler = self._trial.study.sampler
-        return sampler if isinstance(sampler, GreedyHGSampler) and sampler.knows(self._trial) else None
+        """The sampler that can draw a seed for this trial without writing it, if the study has one."""
+        return sampler_of(self._trial) if isinstance(self._trial, Trial) else None
 
     def _require_free(self, name: str) -> None:
         if name in records.TRAJECTORY_COLUMNS:

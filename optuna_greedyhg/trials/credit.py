@@ -55,7 +55,7 @@ def require_possible(credit: str, base_sampler: BaseSampler) -> None:
         raise ValueError(f"credit must be one of {get_args(Credit)}, but got {credit!r}.")
     if credit == "refined":
         return
-    for sampler in _with_those_inside(base_sampler):
+    for sampler in with_those_inside(base_sampler):
         reason = _why_not(sampler)
         if reason is not None:
             raise ValueError(
@@ -73,9 +73,9 @@ def _why_not(sampler: BaseSampler) -> str | None:
     return None
 
 
-def _with_those_inside(sampler: BaseSampler) -> Iterator[BaseSampler]:
+def with_those_inside(sampler: BaseSampler) -> Iterator[BaseSampler]:
     """The sampler and all that it holds: PartialFixedSampler's base, others' independent samplers."""
     yield sampler
     for held in vars(sampler).values():
         if isinstance(held, BaseSampler):
-            yield from _with_those_inside(held)
+            yield from with_those_inside(held)

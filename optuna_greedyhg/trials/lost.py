@@ -22,15 +22,16 @@ from optuna.trial import FrozenTrial, TrialState
 from optuna_greedyhg.trials.checkpoints import heartbeat_interval, is_unfinished
 
 _GIVEN_A_HEARTBEAT = "greedyhg:given_a_heartbeat"
+_PATIENCE = timedelta(seconds=10)  # with workers on a busy machine, whose heartbeats are closer than their delays
 
 
 def requeue_lost_trials(study: Study) -> None:
     """Brings back the trials of a study that Optuna has lost.
 
-    A trial that has run for two heartbeat intervals is given one heartbeat, once: if its worker is dead, it is the last
-    one, and the trial is soon retried as any other. A trial that has failed, was not queued again, and has left a
-    checkpoint, goes to the storage's ``heartbeat_stale_trial_callback``, which may still decline. Others that fail are
-    left alone: they have ended by an error.
+    A trial that has run for two heartbeat intervals, and ten seconds, is given one heartbeat, once: if its worker is
+    dead, it is the last one, and the trial is soon retried as any other. A trial that has failed so long ago, was not
+    queued again, and has left a checkpoint, goes to the storage's ``heartbeat_stale_trial_callback``, which may still
+    decline. Others that fail are left alone: they have ended by an error.
 
     To be called now and then, in one process at a time: where workers are started, for example.
 
@@ -45,7 +46,8 @@ def requeue_lost_trials(study: Study) -> None:
             "RDBStorage(url, heartbeat_interval=60, heartbeat_stale_trial_callback=...)."
         )
     trials = study.get_trials(deepcopy=False)
-    settled = datetime.now() - timedelta(seconds=2 * interval)  # those since then may be in the middle of it
+    # Those since then may be in the middle of it.
+    settled = datetime.now() - max(timedelta(seconds=2 * interval), _PATIENCE)
     for trial in trials:
         if trial.state == TrialState.RUNNING and _is_before(trial.datetime_start, settled):
             _give_a_heartbeat(storage, trial)

@@ -5,7 +5,7 @@ the dashboard, the sampler's next suggestion. So a refinable parameter is drawn 
 without being written, refined, and *committed* as the trial's ordinary parameter when its value is known:
 
     before_trial          remembers the trial
-    seed(trial, ...)      one draw from the base sampler, on behalf of ``Alpha``
+    seed(trial, ...)      one draw from the study's sampler, on behalf of ``Alpha``
     commit(trial, ...)    makes ``sample_independent`` return the refined value when ``trial.suggest_float`` asks
     after_trial           commits the seeds of a trial that was never refined, and forgets the trial
 
@@ -33,7 +33,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from optuna_greedyhg.trials.credit import Credit, require_possible, seen
+from optuna_greedyhg.trials.credit import Credit, require_possible, seen, with_those_inside
 from optuna_greedyhg.trials.views import view_of
 
 # Where Optuna keeps the parameters of an enqueued trial.
@@ -53,8 +53,9 @@ class GreedyHGSampler(BaseSampler):
     fixed values win over a sampler's; its refined value is in the trial's attributes. To enqueue a seed only, give it
     as an attribute: ``study.enqueue_trial({}, user_attrs={"seed_lr": 0.1})``.
 
-    It must be the study's own sampler: ``GreedyHGSampler(PartialFixedSampler(...))``, not the other way round, which
-    works but leaves the seeds in the trial's parameters. What that one fixes are seeds.
+    With :class:`~optuna.samplers.PartialFixedSampler` inside, ``GreedyHGSampler(PartialFixedSampler(...))``, what that
+    one fixes are seeds. Around, ``PartialFixedSampler(..., GreedyHGSampler(...))``, it is fixed as if it were enqueued,
+    and all else is refined as ever.
 
     Args:
         base_sampler: The sampler that draws the seeds and all other parameters; a :class:`~optuna.samplers.TPESampler`
@@ -133,16 +134,15 @@ class GreedyHGSampler(BaseSampler):
         self._base_sampler.after_trial(*self._seen(study, trial), state, values)
 
     def knows(self, trial: Trial) -> bool:
-        """Whether this sampler has prepared the trial, so that seeds can be drawn without being written."""
+        """Whether it has prepared the trial, so that seeds can be drawn without being written."""
         return _key(trial.study, trial) in self._contexts
 
     def seed(self, trial: Trial, name: str, distribution: FloatDistribution) -> float:
-        """Draws a seed from the base sampler, without writing it to the trial. A fixed parameter is its own seed.
+        """Draws a seed from the study's sampler, without writing it to the trial. A fixed parameter is its own seed.
 
         Raises:
             ValueError: If the parameter was enqueued with a value out of its range.
         """
-        context = self._contexts[_key(trial.study, trial)]
         # Trial has no public way to the trial as its storage has it now, which is what a sampler is given by Optuna.
         frozen = trial.storage.get_trial(trial._trial_id)
         fixed = frozen.system_attrs.get(_FIXED_PARAMS, {})
@@ -150,7 +150,7 @@ class GreedyHGSampler(BaseSampler):
             if not _contains(distribution, fixed[name]):
                 raise ValueError(f"The enqueued {name}={fixed[name]} is outside of {distribution}; enqueue another.")
             return float(fixed[name])
-        return float(self._draw(context, trial.study, frozen, name, distribution))
+        return float(trial.study.sampler.sample_independent(trial.study, frozen, name, distribution))
 
     def commit(self, trial: Trial, name: str, value: float) -> None:
         """Makes the next ``trial.suggest_float(name, ...)`` return, and so write, ``value``."""
@@ -200,6 +200,14 @@ class _Context:
     seeded: set[str] = field(default_factory=set)
     committed: dict[str, float] = field(default_factory=dict)
     settlers: list[Callable[[], Trial]] = field(default_factory=list)
+
+
+def sampler_of(trial: Trial) -> GreedyHGSampler | None:
+    """The one that has prepared the trial: the study's own sampler, or one inside of that."""
+    for sampler in with_those_inside(trial.study.sampler):
+        if isinstance(sampler, GreedyHGSampler) and sampler.knows(trial):
+            return sampler
+    return None
 
 
 def _key(study: Study, trial: FrozenTrial | Trial) -> _Key:

@@ -134,11 +134,32 @@ def test_an_enqueued_seed_is_refined() -> None:
     assert trial.params["lr"] == trial.user_attrs["refined_lr"] < 0.5
 
 
-def test_an_enqueued_seed_outside_of_the_range_is_replaced() -> None:
+@pytest.mark.parametrize("seed", [7.0, "0.1", None, float("nan")])
+def test_an_enqueued_seed_that_is_none_is_replaced_and_named(seed: Any, caplog: pytest.LogCaptureFixture) -> None:
     study = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0))
-    study.enqueue_trial({}, user_attrs={"seed_lr": 7.0})
-    study.optimize(problems.refine, n_trials=1)
+    study.enqueue_trial({}, user_attrs={"seed_lr": seed})
+    optuna.logging.enable_propagation()
+    try:
+        study.optimize(problems.refine, n_trials=1)
+    finally:
+        optuna.logging.disable_propagation()
     assert 1e-3 <= study.trials[0].user_attrs["seed_lr"] <= 1.0
+    assert f"Trial 0: its seed lr={seed!r} is no number in FloatDistribution" in caplog.text
+
+
+def test_a_seed_that_is_enqueued_for_another_sampler_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    study = optuna.create_study(sampler=RandomSampler(seed=0))
+    study.enqueue_trial({}, user_attrs={"seed_lr": 0.5})
+    study.enqueue_trial({"lr": 0.5}, user_attrs={"seed_lr": 0.5})  # as in a retry
+    optuna.logging.enable_propagation()
+    try:
+        study.optimize(problems.refine, n_trials=2)
+    finally:
+        optuna.logging.disable_propagation()
+    assert study.trials[0].user_attrs["seed_lr"] == study.trials[0].params["lr"] != 0.5
+    assert "Trial 0: its enqueued seed lr=0.5 is not used" in caplog.text
+    assert "enqueue_trial({'lr': 0.5})" in caplog.text
+    assert "Trial 1" not in "".join(r.getMessage() for r in caplog.records if r.name == "optuna.greedyhg")
 
 
 def test_under_hyperband_a_bracket_sees_its_own_trials() -> None:

@@ -370,9 +370,12 @@ def test_copies_give_credit_to_the_seed_as_well(duplicate: Callable[[BaseSampler
     assert seeds(study) == told(study, SAMPLERS["tpe"])
 
 
-def test_equal_seeds_give_equal_studies() -> None:
-    studies = [refined_study(SAMPLERS["tpe"], "seed", n_trials=8) for _ in range(2)]
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_equal_seeds_give_equal_studies(name: str, credit: Credit) -> None:
+    studies = [refined_study(SAMPLERS[name], credit, n_trials=5 if name == "gp" else 8) for _ in range(2)]
     assert [(t.params, t.value) for t in studies[0].trials] == [(t.params, t.value) for t in studies[1].trials]
+    assert seeds(studies[0]) == seeds(studies[1])
 
 
 def test_an_enqueued_value_is_its_own_seed_and_an_enqueued_seed_is_refined() -> None:
@@ -397,18 +400,28 @@ def test_what_partial_fixed_fixes_inside_is_the_seed(credit: Credit) -> None:
 
 
 @pytest.mark.parametrize("credit", CREDITS)
-def test_partial_fixed_around_leaves_the_seeds(credit: Credit) -> None:
-    inner = ghg.GreedyHGSampler(SAMPLERS["tpe"](), credit=credit)
-    study = optuna.create_study(sampler=PartialFixedSampler({"n": 3}, inner))
-
-    def objective(trial: optuna.Trial) -> float:
-        trial.suggest_int("n", 0, 5)
-        return problems.refine(trial)
-
-    study.optimize(objective, n_trials=5)
+@pytest.mark.parametrize("name", ["tpe", "univariate tpe", "gp", "cmaes", "random"])
+def test_partial_fixed_around_fixes_what_it_names_and_the_rest_is_refined(name: str, credit: Credit) -> None:
+    inner = ghg.GreedyHGSampler(SAMPLERS[name](), credit=credit)
+    study = optuna.create_study(sampler=PartialFixedSampler({"n": 3, "x": 0.5}, inner))
+    study.optimize(refined_objective, n_trials=5)
     for trial in study.trials:
-        assert trial.params == {"n": 3, "lr": trial.user_attrs["seed_lr"]}
-        assert "refined_lr" in trial.user_attrs
+        assert (trial.params["n"], trial.params["x"], trial.user_attrs["seed_x"]) == (3, 0.5, 0.5)
+        assert trial.params["y"] == pytest.approx(max(1e-3, trial.user_attrs["seed_y"] / 4))
+    assert len({trial.user_attrs["seed_y"] for trial in study.trials}) > 1
+
+
+def test_what_partial_fixed_around_fixes_is_a_seed_that_stays(caplog: pytest.LogCaptureFixture) -> None:
+    study = optuna.create_study(sampler=PartialFixedSampler({"lr": 0.5}, ghg.GreedyHGSampler(seed=0)))
+    optuna.logging.enable_propagation()
+    try:
+        study.optimize(problems.refine, n_trials=1)
+    finally:
+        optuna.logging.disable_propagation()
+    (trial,) = study.trials
+    assert trial.params["lr"] == trial.user_attrs["seed_lr"] == 0.5
+    assert trial.user_attrs["refined_lr"] < 0.5
+    assert "lr stays at its enqueued value 0.5, or that of a PartialFixedSampler" in caplog.text
 
 
 def test_fresh_randomness_for_another_worker() -> None:
