@@ -82,9 +82,13 @@ def refine(
 
     However a trial ends, it keeps the best α that was evaluated until then: as its parameters and in its attributes.
     After ``study.stop()`` and ``timeout`` it ends with the outer step in progress, and is complete. By an error, in a
-    loss, a callback or the data, and by Ctrl-C it fails, and the error goes on to the study. A seed whose training
+    loss, a callback or the data, and by Ctrl-C it fails, and the error goes on to the study; in other threads
+    (``n_jobs``), Optuna has trials go on to their ends after Ctrl-C. A seed whose training
     diverges gets the worst of all values, infinity, instead of failing. While the storage cannot be reached, the trial
     waits, for a minute at most. A trial that somebody else has ended meanwhile is left as they have left it.
+
+    What has been achieved is logged under ``optuna.greedyhg``: a line a trial at Optuna's default verbosity, and with
+    ``optuna.logging.set_verbosity(optuna.logging.DEBUG)`` one for each evaluation.
 
     A trial whose process dies goes on in the trial that ``RetryHeartbeatStaleTrialCallback`` queues in its place: from
     its last checkpoint, if that is of the same refinement in all that can be compared, and else, with a warning in the
@@ -245,6 +249,10 @@ class _Recorder:
         if checkpoint is not None or records.RESUMED_FROM in queued.user_attrs:
             came_from = None if self._achieved is None else self._achieved.n_outer_steps
             records.write(self._trial, {records.RESUMED_FROM: came_from})
+            if came_from is not None:
+                _logger.info(
+                    f"Trial {self._trial.number} goes on from outer step {came_from} of a trial that was killed."
+                )
         return checkpoint
 
     def standing(self) -> dict[str, Any]:
@@ -269,6 +277,10 @@ class _Recorder:
                 seconds = time.perf_counter() - self.start
                 self._improvements.append(records.improvement(step.index, step.best, step.cost, seconds))
             self._report(step.index, self.value)
+            _logger.debug(
+                f"Trial {self._trial.number}, outer step {step.index} of {self._options.n_outer_steps}: "
+                f"{self._options.metric} {score:.6g}, best {self.value:.6g}."
+            )
 
     def _report(self, outer_step: int, value: float) -> None:
         self._reports[outer_step] = value
@@ -292,12 +304,22 @@ class _Recorder:
         try:
             self._write(stopped)
             self._checkpoints.remove()
+            self._log(stopped)
         except UpdateFinishedTrialError:
             _logger.warning(
                 f"Trial {self._trial.number} was ended by somebody else, and is left as it is. Optuna's optimize() "
                 "cannot go on after it: call it again, or use study.ask() and study.tell(skip_if_finished=True)."
             )
             raise
+
+    def _log(self, stopped: str) -> None:
+        assert self._achieved is not None
+        if self._achieved.n_outer_steps > 0:
+            seed = self._trajectory.rows[0]["value"]
+            _logger.info(
+                f"Trial {self._trial.number}: {self._options.metric} {seed:.6g} → {self.value:.6g} in "
+                f"{self._achieved.n_outer_steps} outer steps ({stopped})."
+            )
 
     def _write(self, stopped: str) -> None:
         assert self._achieved is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import signal
 import threading
@@ -201,14 +202,20 @@ class TestArtifacts:
 
     @staticmethod
     def read_only(folder: Path) -> FileSystemArtifactStore:
-        if os.getuid() == 0:
+        if os.getuid() != 0:
+            folder.chmod(0o500)
+            return FileSystemArtifactStore(folder)
+        if not Path("/sys").is_mount():
             pytest.skip("root may write everywhere")
-        folder.chmod(0o500)
-        return FileSystemArtifactStore(folder)
+        return FileSystemArtifactStore("/sys")  # where nobody can make a file
 
     @pytest.mark.parametrize(
         ("make", "error"),
-        [("full", "No space left on device"), ("gone", "No such file"), ("read_only", "Permission denied")],
+        [
+            ("full", "No space left on device"),
+            ("gone", "No such file"),
+            ("read_only", "Permission denied|Read-only file system"),
+        ],
     )
     @pytest.mark.parametrize("evaluate", ["retrain", "online"])
     def test_a_store_that_cannot_be_written_to_costs_what_it_would_have_held(
@@ -224,7 +231,7 @@ class TestArtifacts:
         assert trial.state == TrialState.COMPLETE
         assert_kept(trial, "finished")
         assert "could not be stored, and are lost" in log.text
-        assert error in log.text
+        assert re.search(error, log.text)
         assert "tensors_artifact" not in trial.user_attrs
         with pytest.warns(UserWarning, match="were not stored"):
             assert ghg.refined_params(trial) == {"lr": trial.params["lr"]}
