@@ -206,11 +206,7 @@ class Checkpoints:
 
     def _remove(self, artifact: str) -> None:
         assert self._store is not None
-        try:
-            self._store.remove(artifact)
-        except Exception as error:  # whatever a store may raise
-            if "NotFound" not in type(error).__name__:  # not all stores say so with Optuna's ArtifactNotFound
-                _logger.warning(f"Trial {self._trial.number}: {artifact} is of no use, but stays: {error!r}")
+        _remove(self._store, artifact, self._trial.number)
 
     def _warn_of_refusal(self, why: str) -> None:
         _logger.warning(f"Trial {self._trial.number}: its checkpoint is refused, and it starts over: {why}.")
@@ -229,6 +225,22 @@ def is_unfinished(trial: FrozenTrial) -> bool:
     Neither has one that was queued in place of such a trial, even if it has not begun, or if that had all but ended.
     """
     return trial.system_attrs.get(_ATTRIBUTE) not in (None, {_ENDED: trial.number})
+
+
+def remove_checkpoints(trial: FrozenTrial, store: ArtifactStore) -> None:
+    """Removes what a trial that is not to be gone on with has left in a store."""
+    noted = trial.system_attrs.get(_ATTRIBUTE, {})
+    for artifact in (noted.get("artifact"), *noted.get("leftovers", ())):
+        if artifact is not None:
+            _remove(store, artifact, trial.number)
+
+
+def _remove(store: ArtifactStore, artifact: str, number: int) -> None:
+    try:
+        store.remove(artifact)
+    except Exception as error:  # whatever a store may raise
+        if "NotFound" not in type(error).__name__:  # not all stores say so with Optuna's ArtifactNotFound
+            _logger.warning(f"Trial {number}: {artifact} is of no use, but stays: {error!r}")
 
 
 def _new_name() -> str:

@@ -93,7 +93,7 @@ def refine(
     A trial whose process dies goes on in the trial that ``RetryHeartbeatStaleTrialCallback`` queues in its place: from
     its last checkpoint, if that is of the same refinement in all that can be compared, and else, with a warning in the
     log, from the seed again. It ends as if nothing had happened, on the CPU to the bit. A checkpoint is removed when
-    its trial ends; one that is killed and never retried leaves it behind.
+    its trial ends; one that is killed and never retried leaves it behind, for :func:`requeue_lost_trials` to remove.
 
     Args:
         trial: A running trial, or a :class:`~optuna.trial.FixedTrial`.

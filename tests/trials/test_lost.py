@@ -179,6 +179,23 @@ def test_the_storage_may_decline(max_retry: int | None, tmp_path: Path, monkeypa
         pass_time(monkeypatch, 121)
         ghg.requeue_lost_trials(study)
         assert len(study.trials) == 1
+        assert len(retries.left(tmp_path)) == 1
+        for _ in range(2):  # the second time there is nothing any more
+            ghg.requeue_lost_trials(study, FileSystemArtifactStore(tmp_path))
+            assert retries.left(tmp_path) == []
+
+
+def test_what_will_be_retried_or_may_be_keeps_its_checkpoint(
+    storage: RDBStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, store = retries.study_on(storage), FileSystemArtifactStore(tmp_path)
+    dead(study, tmp_path)
+    for seconds, n_trials in ((119, 1), (121, 2)):
+        pass_time(monkeypatch, seconds)
+        ghg.requeue_lost_trials(study, store)
+        assert (len(study.trials), len(retries.left(tmp_path))) == (n_trials, 1)
+    study.optimize(lambda trial: retries.refine(trial, artifact_store=store), n_trials=1)
+    assert study.trials[1].user_attrs["resumed_from"] == 4
 
 
 def test_without_heartbeats_nobody_knows() -> None:
