@@ -327,6 +327,7 @@ class BilevelProblem:
             "parameters": [_kinds(problem.initial_parameters) for problem in (self, other)],
             "buffers": [_kinds(problem.initial_buffers) for problem in (self, other)],
             "outer parameters": [_kinds(problem._outer) for problem in (self, other)],
+            "products' modes": [problem.product_mode for problem in (self, other)],
         }
         for what, (own, others) in kinds.items():
             if own != others:

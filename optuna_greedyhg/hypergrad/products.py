@@ -249,7 +249,8 @@ class StepRecipe:
         def loss(w: Tensors, z: Tensors) -> Tensor:
             with self._replayed(), sdpa_kernel(SDPBackend.MATH):  # which has a forward derivative, too
                 values = self.products.values({**self.alpha, **z})
-                return self.products.problem.train(w, state.buffers, values, self.batch)[0]
+                # Lanes have a loss each; nothing couples them, so that the derivatives of the sum are theirs.
+                return self.products.problem.train(w, state.buffers, values, self.batch)[0].sum()
 
         take = along_by_forward_mode if mode is ProductMode.FORWARD else along_by_differences
         return take(loss, state.parameters, {name: self.alpha[name] for name in reads}, u, to_state)

@@ -18,6 +18,7 @@ from optuna_greedyhg.hypergrad import randomness, trees
 from optuna_greedyhg.hypergrad.batches import Batch
 from optuna_greedyhg.hypergrad.cost import Cost
 from optuna_greedyhg.hypergrad.estimators import Estimator
+from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.products import Products, TrainState
 from optuna_greedyhg.hypergrad.stacking import LanesBatch, StackedProblem, StackedRule, side_by_side
 from optuna_greedyhg.hypergrad.trees import Tensors
@@ -53,6 +54,11 @@ class Replicas:
 
     def require_alike(self, work: Lanework) -> None:
         """Raises ``ValueError`` if the first work of a lane cannot be done together with that of the first lane."""
+        if work.products.problem.product_mode is ProductMode.DIFFERENCES:
+            raise ValueError(
+                "Lanes cannot have ProductMode.DIFFERENCES, whose step would be one for all of them; take another mode, "
+                "or refine trials one by one."
+            )
         self._example = self._example or work
         products, expected = work.products, self._example.products
         why = products.problem.unlike(expected.problem)
@@ -179,7 +185,9 @@ def _stacked_products(example: Products, lanes: Sequence[_Lane]) -> Products:
             yield side_by_side([any_other if out else batch for batch, out in zip(many, failed, strict=True)], device)
 
     problem = StackedProblem(example.problem, drawn(True), drawn(False))
-    return Products(problem, example.domains, StackedRule(example.update_rule))
+    products = Products(problem, example.domains, StackedRule(example.update_rule))
+    products.mode = example.mode
+    return products
 
 
 def _stack(states: Sequence[TrainState]) -> TrainState:
