@@ -323,7 +323,7 @@ class BilevelProblem:
 
         Apart from their batches, initial weights, initial buffers, and metrics, two alike problems are the same.
         """
-        kinds = {
+        kinds: dict[str, list[Any]] = {
             "parameters": [_kinds(problem.initial_parameters) for problem in (self, other)],
             "buffers": [_kinds(problem.initial_buffers) for problem in (self, other)],
             "outer parameters": [_kinds(problem._outer) for problem in (self, other)],

@@ -56,8 +56,8 @@ class Replicas:
         """Raises ``ValueError`` if the first work of a lane cannot be done together with that of the first lane."""
         if work.products.problem.product_mode is ProductMode.DIFFERENCES:
             raise ValueError(
-                "Lanes cannot have ProductMode.DIFFERENCES, whose step would be one for all of them; take another mode, "
-                "or refine trials one by one."
+                "Lanes cannot have ProductMode.DIFFERENCES, whose step would be one for all of them; take another "
+                "mode, or refine trials one by one."
             )
         self._example = self._example or work
         products, expected = work.products, self._example.products
@@ -186,7 +186,8 @@ def _stacked_products(example: Products, lanes: Sequence[_Lane]) -> Products:
 
     problem = StackedProblem(example.problem, drawn(True), drawn(False))
     products = Products(problem, example.domains, StackedRule(example.update_rule))
-    products.mode = example.mode
+    for lane in lanes:
+        lane.products.mode = products.mode = example.mode
     return products
 
 
