@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test soak lint format bench clean
+.PHONY: help demo test browser soak lint format bench clean
 
 help:  ## Say what there is.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -21,6 +21,15 @@ demo: $(INSTALLED)  ## Compare defaults, TPE and TPE + greedy on digits with cor
 
 test: $(INSTALLED)  ## Run the tests.
 	$(BIN)/python -m pytest
+
+# Its exit status says whether there is one.
+FIND_BROWSER := $(BIN)/python -c 'from optuna_greedyhg.report.browser import find_browser; exit(find_browser() is None)'
+
+browser: $(INSTALLED)  ## Install Chromium for the tests that need a browser, where apt-get can; elsewhere say that they are skipped.
+	@if ! $(FIND_BROWSER) && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation; \
+	fi; \
+	$(FIND_BROWSER) || echo "No Chromium or Chrome: the tests in a browser will be skipped; install one, or set BROWSER_PATH."
 
 soak: $(INSTALLED)  ## Kill fifty workers of a study at random, on sqlite and on PostgreSQL each; some minutes.
 	GREEDYHG_SOAK_KILLS=50 $(BIN)/python -m pytest tests/trials/test_soak.py

@@ -30,6 +30,7 @@ SEEDS = (0.003, 0.01, 0.03, 0.1)
 SECONDS_OF_AN_OUTER_STEP = 0.1
 SECONDS_BETWEEN_KILLS = 0.2, 1.0
 SECONDS_TO_SETTLE = 120
+PART_THAT_IS_KILLED_AT_ONCE = 0.2
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")  # of heartbeats
 
@@ -44,8 +45,11 @@ def work(place: Path | str, folder: Path) -> None:
     def objective(trial: optuna.Trial) -> float:
         if "seed_lr" not in trial.user_attrs:
             trial.set_user_attr("seed_lr", SEEDS[trial.number % len(SEEDS)])
-        slowly = [lambda *_: time.sleep(SECONDS_OF_AN_OUTER_STEP)]
-        return retries.refine(trial, artifact_store=store, checkpoint_every=1, callbacks=slowly)
+        return retries.refine(trial, artifact_store=store, checkpoint_every=1, callbacks=[slowly])
+
+    def slowly(trial: optuna.Trial, step: ghg.OuterStep) -> None:
+        at_work(folder, os.getpid()).touch()
+        time.sleep(SECONDS_OF_AN_OUTER_STEP)
 
     while True:
         if told_to_end(folder).exists():
@@ -63,6 +67,11 @@ def told_to_end(folder: Path) -> Path:
     return folder / "end"  # a lock between processes would be held for ever by one that is killed
 
 
+def at_work(folder: Path, pid: int | None) -> Path:
+    """Is there when a process has made an outer step."""
+    return folder / f"at work {pid}"
+
+
 def start(place: Path | str, folder: Path) -> retries.Process:
     return retries.in_a_process(work, place, folder)
 
@@ -76,12 +85,20 @@ def kill_some(study: optuna.Study, place: Path | str, folder: Path) -> list[retr
     killed = 0
     while killed < N_KILLS:
         time.sleep(chance.uniform(*SECONDS_BETWEEN_KILLS))
-        victim = chance.randrange(N_WORKERS)
+        # On a busy machine none would live to see its first outer step, if any could be killed at any time.
+        anyone = chance.random() < PART_THAT_IS_KILLED_AT_ONCE
+        while not (candidates := [k for k in range(N_WORKERS) if anyone or has_worked(workers[k], folder)]):
+            time.sleep(0.05)
+        victim = chance.choice(candidates)
         workers[victim].kill()
         workers[victim].join()
         killed += workers[victim].exitcode == -signal.SIGKILL
         workers[victim] = start(place, folder)
     return workers
+
+
+def has_worked(worker: retries.Process, folder: Path) -> bool:
+    return at_work(folder, worker.pid).exists() or not worker.is_alive()
 
 
 def settle(study: optuna.Study, workers: list[retries.Process], place: Path | str, folder: Path) -> None:
