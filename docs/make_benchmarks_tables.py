@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from optuna_greedyhg.report.comparison import MethodRow, Statistics, statistics_of
+from optuna_greedyhg.report.comparison import LOSSES, MethodRow, Statistics, statistics_of
 from optuna_greedyhg.report.runs import run_from_json
 from optuna_greedyhg.report.wording import number, p_value, plus_minus
 from optuna_greedyhg.tasks import TASKS
@@ -94,7 +94,7 @@ def _lines(its: Statistics) -> Iterator[list[str]]:
         yield [
             row.name,
             f"{low}" if low == high else f"{low}–{high}",
-            *(_with_quartiles(row, score) for score in ("val_loss", "test_loss")),
+            *(_with_quartiles(row, score) for score in LOSSES),
             number("test_loss", test.mean.median),
             "" if versus is None else plus_minus("test_loss", versus.mean_difference, versus.half_width),
             _share(val.reached),

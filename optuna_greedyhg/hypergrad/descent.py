@@ -8,7 +8,8 @@
 :class:`~optuna_greedyhg.hypergrad.episodes.MetaProblem`, and d̂ is their mean.
 
 α drifts: the last is rarely the best, so every few steps α is evaluated by a declared protocol (``evaluation``), and
-what comes out is the best of those evaluated, the seed among them.
+what comes out is the best of those evaluated, the seed among them. Where an evaluation has trained weights of its own,
+w goes on from these (``rebase``).
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class DescentOptions:
     maximize: bool = False
     patience: int | None = None
     restart: bool = False
+    rebase: bool = True
     max_hypergradient_norm: float | None = None
     max_failures: int = 5
     seed: int = 0
@@ -184,6 +186,9 @@ def descend(
         maximize: Whether a larger metric is a better one.
         patience: Stop after this many evaluations in a row without a new best; ``None`` never does.
         restart: Train every horizon from w_0 again, instead of carrying the weights on; episodes always do.
+        rebase: After every evaluation, the seed's among them, go on from the weights that it has trained, if they are
+            finite, and not with ``restart``. Hypergradients at the end of a training suit a whole one better than those
+            at its beginning, where a learning rate cannot be large enough; and those weights are paid for already.
         max_hypergradient_norm: Scale longer hypergradients down to this norm.
         max_failures: After NaN or infinity, the descent goes back to the last good state and halves the step from
             there; it gives up after this many failures in a row. Good steps double the length again, up to the full.
@@ -273,6 +278,7 @@ def _outer_loop(
     if resume_from is None:
         seed = yield from _evaluate(problem, exact, seed_values, products.initial_state(), 0, options)
         best = seed = replace(seed, values={name: h.init for name, h in hyperparameters.items()})
+        walker.rebase(seed.state)
         since_best, made = 0, 0
         stopped = "finished" if n_outer_steps == 0 else None
         point = walker.resume_point(0, best, since_best)
@@ -298,6 +304,7 @@ def _outer_loop(
         if k % options.evaluate_every == 0 or k == n_outer_steps:
             judged = trained_under if online else walker.alpha
             evaluated = yield from _evaluate(problem, products, judged, roll_out.state, k, options)
+            walker.rebase(evaluated.state)
             improved = options.is_better(evaluated, best)
             best = evaluated if improved else best
             since_best = 0 if improved else since_best + 1
@@ -355,6 +362,12 @@ class _Walker:
         self._carried: Any = None
         self._last_good: _Point | None = None
         self._step_scale = 1.0
+
+    def rebase(self, state: TrainState) -> None:
+        """Goes on from the weights of an evaluation, if that is asked for and they are finite."""
+        if self._options.rebase and not self._options.restart and state.is_finite():
+            self._state = state
+            self._last_good = self._last_good and self._last_good._replace(state=state)
 
     def roll_out(self, k: int) -> Walk[RollOut | None]:
         """The k-th horizon, under an α for which it is finite; ``None`` if there have been too many failures."""

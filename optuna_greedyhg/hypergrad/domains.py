@@ -12,11 +12,11 @@ hypergradients are taken and outer steps are made:
 An interval is spanned by the same range of z whatever its width, so one outer learning rate serves them all: at the
 middle of an interval, a step of 0.1 in z moves x by 2.5/s percent of the (logarithmic) width. The slowness s is 1 by
 default, as for a strength of every feature, about which nobody but the hypergradient has anything to say. Numbers that
-a sampler seeds have s = 10. Where in its interval such a number should be is the sampler's question; what gradients
-taken online say about it is local, and a learning rate that follows them quickly drifts to where it suits the first
+a sampler seeds have s = 3. Where in its interval such a number should be is the sampler's question; what gradients
+taken online say about it is local, and a learning rate that follows them quickly drifts to where it suits the next
 steps of training.
 
-    >>> learning_rate = Hyperparameter(torch.tensor(0.1), Interval(1e-3, 1.0, log=True, slowness=10.0))
+    >>> learning_rate = Hyperparameter(torch.tensor(0.1), Interval(1e-3, 1.0, log=True, slowness=3.0))
     >>> example_logits = Hyperparameter(torch.zeros(1000))
 """
 

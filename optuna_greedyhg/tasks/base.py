@@ -44,6 +44,7 @@ class Settings:
     outer_decay: float = 1.0
     trust_radius: float | None = None
     patience: int | None = None
+    rebase: bool = True
     policy: Policy = Always()
 
     @property
@@ -112,6 +113,7 @@ def make_objective(
             evaluate=chosen.evaluate,
             evaluate_every=chosen.evaluate_every,
             patience=chosen.patience,
+            rebase=chosen.rebase,
             artifact_store=artifact_store,
             callbacks=[diagnose, *callbacks],
         )

@@ -19,6 +19,7 @@ from optuna_greedyhg.hypergrad.update_rules import SGD, UpdateRule
 from optuna_greedyhg.tasks import cleaning
 from optuna_greedyhg.tasks.base import Settings, accuracy
 from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.policies import Promising
 
 N_CLASSES = 10
 
@@ -56,7 +57,13 @@ class DigitsCleaning:
     name: ClassVar[str] = "digits-cleaning"
     summary: ClassVar[str] = "scikit-learn digits, half of the labels corrupted: 300 example weights, lr, weight decay"
     settings: ClassVar[Settings] = Settings(
-        horizon=10, n_outer_steps=50, outer_lr=0.3, evaluate=Retrain(500), evaluate_every=10
+        horizon=10,
+        n_outer_steps=50,
+        outer_lr=0.3,
+        evaluate=Retrain(500),
+        evaluate_every=10,
+        patience=2,
+        policy=Promising(0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 0.1, "weight_decay": 1e-4}
     diagnostics: ClassVar[tuple[str, ...]] = cleaning.DIAGNOSTICS
@@ -108,7 +115,13 @@ class DigitsL2:
         "scikit-learn digits, softmax regression: 64 L2 strengths, one a pixel, seeded by one level"
     )
     settings: ClassVar[Settings] = Settings(
-        horizon=10, n_outer_steps=50, outer_lr=0.3, evaluate=Retrain(200), evaluate_every=5
+        horizon=10,
+        n_outer_steps=30,
+        outer_lr=0.3,
+        evaluate=Retrain(200),
+        evaluate_every=5,
+        patience=2,
+        policy=Promising(0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 1e-3}
     diagnostics: ClassVar[tuple[str, ...]] = ()

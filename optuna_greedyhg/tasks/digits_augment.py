@@ -19,6 +19,7 @@ from optuna_greedyhg.tasks.augmentation import MAGNITUDES, augment
 from optuna_greedyhg.tasks.base import Settings, accuracy
 from optuna_greedyhg.tasks.digits import N_CLASSES, load_splits
 from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.policies import Promising
 
 
 class DigitsAugment:
@@ -35,7 +36,13 @@ class DigitsAugment:
     name: ClassVar[str] = "digits-augment"
     summary: ClassVar[str] = "scikit-learn digits, 100 training images: fifteen magnitudes of augmentation"
     settings: ClassVar[Settings] = Settings(
-        horizon=10, n_outer_steps=50, outer_lr=0.5, evaluate=Retrain(200), evaluate_every=10
+        horizon=10,
+        n_outer_steps=30,
+        outer_lr=0.3,
+        evaluate=Retrain(200),
+        evaluate_every=5,
+        patience=2,
+        policy=Promising(0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {name: high / 10 for name, high in MAGNITUDES.items()}
     diagnostics: ClassVar[tuple[str, ...]] = ()

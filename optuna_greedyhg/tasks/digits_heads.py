@@ -20,6 +20,7 @@ from optuna_greedyhg.hypergrad.update_rules import SGD, UpdateRule
 from optuna_greedyhg.tasks.base import Settings
 from optuna_greedyhg.tasks.digits import N_CLASSES, load_splits
 from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.policies import Promising
 
 _WITH_LOOP = (0, 6, 8, 9)
 _QUESTIONS = ("parity", "high", "loop")  # each answered by one logit, in this order
@@ -40,7 +41,13 @@ class DigitsHeads:
     name: ClassVar[str] = "digits-heads"
     summary: ClassVar[str] = "scikit-learn digits: weights of four auxiliary heads, lr, weight decay"
     settings: ClassVar[Settings] = Settings(
-        horizon=10, n_outer_steps=50, outer_lr=0.3, evaluate=Retrain(300), evaluate_every=10
+        horizon=10,
+        n_outer_steps=30,
+        outer_lr=0.3,
+        evaluate=Retrain(300),
+        evaluate_every=5,
+        patience=2,
+        policy=Promising(0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 0.1, "weight_decay": 1e-4, **dict.fromkeys(_HEADS, 0.1)}
     diagnostics: ClassVar[tuple[str, ...]] = ()

@@ -18,6 +18,7 @@ from optuna_greedyhg.tasks.base import Settings, accuracy
 from optuna_greedyhg.tasks.digits import N_CLASSES, load_splits
 from optuna_greedyhg.tasks.digits_mlp import smoothed_cross_entropy
 from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.policies import Promising
 
 _ACTIVATIONS: Mapping[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
@@ -36,7 +37,13 @@ class DigitsMixed:
     name: ClassVar[str] = "digits-mixed"
     summary: ClassVar[str] = "scikit-learn digits: shape of a network black-box; lr, decay, smoothing, noise refined"
     settings: ClassVar[Settings] = Settings(
-        horizon=10, n_outer_steps=50, outer_lr=0.3, evaluate=Retrain(300), evaluate_every=10
+        horizon=10,
+        n_outer_steps=30,
+        outer_lr=0.3,
+        evaluate=Retrain(300),
+        evaluate_every=5,
+        patience=2,
+        policy=Promising(0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {
         "width": 32,

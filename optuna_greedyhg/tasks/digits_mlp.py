@@ -22,6 +22,7 @@ from optuna_greedyhg.tasks import cleaning
 from optuna_greedyhg.tasks.base import Settings, accuracy
 from optuna_greedyhg.tasks.digits import N_CLASSES, load_splits
 from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.policies import Promising
 
 _DECAYS = ("decay_1", "decay_2", "decay_3")
 _NOISES = ("input_noise", "hidden_noise_1", "hidden_noise_2")
@@ -55,7 +56,13 @@ class DigitsMLP:
     name: ClassVar[str] = "digits-mlp"
     summary: ClassVar[str] = "scikit-learn digits, a network of three layers: ten scalars, from lr to label smoothing"
     settings: ClassVar[Settings] = Settings(
-        horizon=10, n_outer_steps=50, outer_lr=0.3, evaluate=Retrain(300), evaluate_every=10
+        horizon=10,
+        n_outer_steps=30,
+        outer_lr=0.3,
+        evaluate=Retrain(300),
+        evaluate_every=5,
+        patience=2,
+        policy=Promising(0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {
         "lr": 0.1,

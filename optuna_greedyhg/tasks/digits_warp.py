@@ -18,6 +18,7 @@ from optuna_greedyhg.tasks import cleaning
 from optuna_greedyhg.tasks.base import Settings, accuracy
 from optuna_greedyhg.tasks.few_shot import FewShot
 from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.policies import Promising
 
 _N_IMAGES = 150  # of each digit
 _HORIZON = 5
@@ -38,7 +39,13 @@ class DigitsWarp:
     name: ClassVar[str] = "digits-warp"
     summary: ClassVar[str] = "scikit-learn digits, few-shot episodes: a warp layer of 1056 weights"
     settings: ClassVar[Settings] = Settings(
-        horizon=_HORIZON, n_outer_steps=60, outer_lr=3e-3, evaluate=Retrain(_HORIZON), evaluate_every=10
+        horizon=_HORIZON,
+        n_outer_steps=60,
+        outer_lr=3e-3,
+        evaluate=Retrain(_HORIZON),
+        evaluate_every=10,
+        patience=2,
+        policy=Promising(0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 0.3}
     diagnostics: ClassVar[tuple[str, ...]] = ()

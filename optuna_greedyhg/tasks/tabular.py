@@ -26,6 +26,7 @@ from optuna_greedyhg.hypergrad.update_rules import SGD, UpdateRule
 from optuna_greedyhg.tasks import cleaning
 from optuna_greedyhg.tasks.base import Settings, accuracy
 from optuna_greedyhg.trials.alpha import Alpha
+from optuna_greedyhg.trials.policies import Promising
 
 _L2, _L1 = Interval(1e-6, 1.0, log=True), Interval(1e-6, 0.1, log=True)
 _EPSILON = 1e-2  # of the smooth L1, for standardized features
@@ -43,7 +44,13 @@ class _Tabular:
     n_outputs: ClassVar[int]
     """Number of classes; 1 for a regression, whose targets are standardized, too."""
     settings: ClassVar[Settings] = Settings(
-        horizon=10, n_outer_steps=50, outer_lr=0.3, evaluate=Retrain(200), evaluate_every=5
+        horizon=10,
+        n_outer_steps=30,
+        outer_lr=0.3,
+        evaluate=Retrain(200),
+        evaluate_every=5,
+        patience=2,
+        policy=Promising(0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"l2_level": 1e-3, "l1_level": 1e-4}
     diagnostics: ClassVar[tuple[str, ...]] = ()

@@ -24,7 +24,7 @@ Choice = TypeVar("Choice", bound=CategoricalChoiceType)
 
 _logger = logging.getLogger("optuna.greedyhg")
 
-_SLOWNESS = 10.0  # of what the sampler seeds; domains say why
+_SLOWNESS = 3.0  # of what the sampler seeds; domains say why
 
 
 class Alpha:

@@ -62,6 +62,7 @@ def refine(
     metric: str = "loss",
     patience: int | None = None,
     restart: bool = False,
+    rebase: bool = True,
     max_hypergradient_norm: float | None = None,
     max_failures: int = 5,
     timeout: float | None = None,
@@ -114,6 +115,8 @@ def refine(
         metric: The score that is the trial's value: ``"loss"``, or one of the problem's metrics.
         patience: Stop after this many evaluations in a row without a new best.
         restart: Train every horizon from the initial weights, instead of carrying the weights on.
+        rebase: After every evaluation, go on from the weights that it has trained; with ``evaluate="online"`` those are
+            the ones carried along.
         max_hypergradient_norm: Scale longer hypergradients down to this norm.
         max_failures: After NaN or infinity, go back and halve the step at most this many times in a row.
         timeout: Seconds after which to end with the outer step in progress; the seed is evaluated in any case. In a
@@ -152,6 +155,7 @@ def refine(
         maximize=_maximizes(trial, metric),
         patience=patience,
         restart=restart,
+        rebase=rebase,
         max_hypergradient_norm=max_hypergradient_norm,
         max_failures=max_failures,
         seed=seed,

@@ -102,6 +102,28 @@ class TestTrajectory:
             expected = reference.val_loss_by_torch_optim(case, case.alpha(), n_steps)
             assert step.val_loss == pytest.approx(expected, rel=1e-10)
 
+    def test_it_goes_on_from_the_weights_that_evaluations_have_trained(self):
+        """After the seed's and after that of step 2; from step 1 to 2 it is the same training."""
+        case = Case(classification(), UPDATE_RULES["momentum"])
+        settings = {"horizon": 3, "n_outer_steps": 3, "evaluate": Retrain(5), "evaluate_every": 2}
+        seed, first, second, third = run(case, Reverse(), outer_optimizer=outer_sgd(0.1), **settings)
+
+        def norm(state, values):
+            exact = reference.exact(case, state, coordinates(case, values), 0, 3)
+            return pytest.approx(float(torch.cat([x.reshape(-1) for x in exact.values()]).norm()), rel=1e-9)
+
+        assert first.hypergradient_norm == norm(seed.evaluation.state, seed.values)
+        assert second.hypergradient_norm != norm(seed.evaluation.state, first.values)
+        assert third.hypergradient_norm == norm(second.evaluation.state, second.values)
+
+    @pytest.mark.parametrize("settings", [{"restart": True}, {"rebase": False}], ids=str)
+    def test_or_from_the_initial_weights(self, settings):
+        case = Case(classification(), UPDATE_RULES["momentum"])
+        exact = reference.exact(case, case.state_after(0), case.alpha(), 0, 3)
+        norm = float(torch.cat([x.reshape(-1) for x in exact.values()]).norm())
+        step = run(case, Reverse(), horizon=3, n_outer_steps=1, evaluate=Retrain(5), **settings)[1]
+        assert step.hypergradient_norm == pytest.approx(norm, rel=1e-9)
+
     def test_without_an_estimator_the_seed_is_evaluated_and_that_is_all(self):
         case = Case(SPECIMENS["dropout"](), UPDATE_RULES["momentum"])
         (step,) = run(case, None, evaluate=Retrain(6), n_outer_steps=5, seed=3)

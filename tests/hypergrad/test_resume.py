@@ -14,6 +14,7 @@ from optuna_greedyhg.hypergrad.domains import Hyperparameter
 from optuna_greedyhg.hypergrad.episodes import Episode, MetaProblem
 from optuna_greedyhg.hypergrad.estimators import Greedy, HyperDistill
 from optuna_greedyhg.hypergrad.estimators.named import ESTIMATORS
+from optuna_greedyhg.hypergrad.evaluation import Retrain
 from optuna_greedyhg.hypergrad.spectral import Spectral
 from optuna_greedyhg.hypergrad.update_rules import SGD
 from tests.problems import SPECIMENS, UPDATE_RULES, Case, classification, cliff, float64
@@ -45,6 +46,7 @@ def assert_resumes(case, make_problem=None, **settings):
         assert [step.index for step in rest] == [step.index for step in whole[cut + 1 :]]
         for found, expected in zip(rest, whole[cut + 1 :], strict=True):
             assert_equal(found, expected)
+    return whole
 
 
 def assert_equal(found, expected):
@@ -125,6 +127,14 @@ def test_after_a_failure_too():
     assert_resumes(case, **settings, estimator=Greedy(0.0))
     values = [float(step.values["target"]) for step in descent(case, **settings, estimator=Greedy(0.0))]
     assert len(set(values)) < len(values) or max(values) > 1.2  # a step was indeed taken back
+
+
+def test_after_a_failure_of_weights_that_an_evaluation_has_trained():
+    case = Case(cliff(1.2), SGD(lr=0.5))
+    settings = {"horizon": 1, "outer_optimizer": partial(torch.optim.SGD, lr=1.0), "evaluate": Retrain(2)}
+    whole = assert_resumes(case, **settings, evaluate_every=1, estimator=Greedy(0.0))
+    targets = [float(step.values["target"]) for step in whole]
+    assert any(x > 1.2 for x in targets[:-1])  # which the next step has found out, and gone back
 
 
 def test_episodes():

@@ -16,8 +16,8 @@ def test_suggests_what_the_trial_would() -> None:
     alpha = ghg.Alpha(fixed)
     assert alpha.suggest_float("lr", 1e-3, 1.0, log=True) == 0.2
     assert alpha.suggest_float("momentum", 0, 1) == 0.7
-    assert alpha.hyperparameters["lr"].domain == ghg.Interval(1e-3, 1.0, log=True, slowness=10.0)
-    assert alpha.hyperparameters["momentum"].domain == ghg.Interval(0, 1, slowness=10.0)
+    assert alpha.hyperparameters["lr"].domain == ghg.Interval(1e-3, 1.0, log=True, slowness=3.0)
+    assert alpha.hyperparameters["momentum"].domain == ghg.Interval(0, 1, slowness=3.0)
     assert alpha.scalars == ("lr", "momentum")
 
 
