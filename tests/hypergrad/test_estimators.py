@@ -227,10 +227,10 @@ class TestStride:
         _, cost = fold(estimator, case, horizon=5)
         expected = Cost(n_train_gradients=19, n_val_gradients=3 + 5 + 3, n_products=4 + 5 + 3)
         if terminal:
-            expected = replace(expected, n_train_gradients=2 * 19, n_val_gradients=3)
+            expected = replace(expected, n_train_gradients=2 * 19 - 3, n_val_gradients=3)
         assert cost == expected
         kept = [t for t in range(1, 6) if estimator.keeps_graph(t, 5)]
-        assert kept == ([] if terminal else [1, 3, 5])
+        assert kept == ([5] if terminal else [1, 3, 5])
 
     @pytest.mark.parametrize("stride", [0, -1])
     def test_a_stride_below_one_is_refused(self, stride):
@@ -370,8 +370,8 @@ class TestCost:
             (FirstOrder(), Cost(n_train_gradients=19, n_val_gradients=3)),
             (Greedy(0.0), Cost(n_train_gradients=19, n_val_gradients=3, n_products=3)),
             (Greedy(0.9), Cost(n_train_gradients=19, n_val_gradients=19, n_products=19)),
-            (Greedy(0.9, terminal=True), Cost(n_train_gradients=2 * 19, n_val_gradients=3, n_products=19)),
-            (Greedy(0.0, terminal=True), Cost(n_train_gradients=2 * 19, n_val_gradients=3, n_products=3)),
+            (Greedy(0.9, terminal=True), Cost(n_train_gradients=2 * 19 - 3, n_val_gradients=3, n_products=19)),
+            (Greedy(0.0, terminal=True), Cost(n_train_gradients=19, n_val_gradients=3, n_products=3)),
             (Reverse(), Cost(n_train_gradients=2 * 19, n_val_gradients=3, n_products=2 * 19 - 4)),
         ],
         ids=str,

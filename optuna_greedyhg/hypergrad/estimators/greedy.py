@@ -46,8 +46,8 @@ class Greedy(Estimator[Sum]):
     """The greedy estimate with decay γ; ``Greedy(gamma=0.0)`` is T1–T2 (Luketina et al., 2016), v_T·B_T alone.
 
     Costs T products and T validation gradients per outer step (one of each for γ = 0), in O(P+H) memory; with a stride
-    of k, ⌈T/k⌉ of each. The terminal variant costs as many products, T more training gradients and one validation
-    gradient; it keeps the horizon's batches, and carries nothing over to the next horizon.
+    of k, ⌈T/k⌉ of each. The terminal variant costs as many products, T−1 more training gradients and one validation
+    gradient; it keeps the horizon's batches and the last step's graph, and carries nothing over to the next horizon.
 
     The sum's zero is that of the hypergradient only when weights are carried on between outer steps: with running
     validation gradients and weights that restart from w_0, early v_t never vanish and the descent stops at a wrong
@@ -82,14 +82,15 @@ class Greedy(Estimator[Sum]):
     @property
     def traits(self) -> Traits:
         reaches_back, overhead = self._propagator.reaches(1), self._propagator.overhead
+        replays = self.terminal and reaches_back
         n_terms = "1" if not reaches_back else "T" if self.stride == 1 else "⌈T/s⌉"
         return Traits(
-            online=not self.terminal,
+            online=not replays,
             long_horizon=reaches_back,
             products=_sum(n_terms, overhead.products),
             val_gradients="1" if self.terminal else n_terms,
-            train_gradients=_sum("T" if self.terminal else "0", overhead.train_gradients),
-            memory=overhead.memory + (", T batches" if self.terminal else ""),
+            train_gradients=_sum("T − 1" if replays else "0", overhead.train_gradients),
+            memory=overhead.memory + (", T batches" if replays else ""),
             own_hyperparameters=True,
         )
 
@@ -102,7 +103,7 @@ class Greedy(Estimator[Sum]):
         return self._propagator.stackable
 
     def keeps_graph(self, t: int, horizon: int) -> bool:
-        return not self.terminal and self._has_term(horizon - t)
+        return self._has_term(horizon - t) and (not self.terminal or t == horizon)
 
     def init(self, alpha: Tensors) -> Sum:
         return Sum(trees.zeros_like(alpha), None, None, False, 0, None, ())
@@ -114,19 +115,22 @@ class Greedy(Estimator[Sum]):
         return self.init(alpha)._replace(carried=carried)
 
     def observe(self, memory: Sum, step: InnerStep) -> Sum:
-        if self.terminal:
-            return memory._replace(start=memory.start or step.before, recipes=(*memory.recipes, step.recipe))
-        return self._add(memory, step, step) if self._has_term(step.remaining) else _skipped(memory)
+        if self.terminal and self._propagator.reaches(1):
+            recipes = (*memory.recipes, step.recipe) if step.remaining > 0 else memory.recipes
+            return memory._replace(start=memory.start or step.before, recipes=recipes)
+        if self._has_term(step.remaining):
+            return self._add(memory, step, step)
+        return memory._replace(n_skipped=memory.n_skipped + 1)
 
     def estimate(self, memory: Sum, end: InnerStep) -> Tensors:
-        if self.terminal:
-            assert memory.start is not None
+        if memory.start is not None:  # of the second pass, whose last step is still there from the first
             state = memory.start
             for recipe in memory.recipes:
                 has_term = self._has_term(recipe.remaining)
                 step = recipe.make(state, keep_graph=has_term)
-                memory = self._add(memory, step, end) if has_term else _skipped(memory)
+                memory = self._add(memory, step, end) if has_term else memory._replace(n_skipped=memory.n_skipped + 1)
                 state = step.after
+            memory = self._add(memory, end, end)
         return trees.add(end.validation().direct, memory.total)
 
     def _has_term(self, remaining: int) -> bool:
@@ -150,10 +154,6 @@ class Greedy(Estimator[Sum]):
     @property
     def _propagator(self) -> Propagator[Any]:
         return self.propagator or (Decay(self.gamma) if self.gamma > 0.0 else LastStep())
-
-
-def _skipped(memory: Sum) -> Sum:
-    return memory._replace(n_skipped=memory.n_skipped + 1)
 
 
 def _sum(*counts: str) -> str:
