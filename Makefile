@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := .venv-peers
+PEERS_INSTALLED := $(PEERS)/.installed
 
-.PHONY: help demo test browser soak lint format bench clean
+.PHONY: help demo test browser soak lint format bench bench-peers clean
 
 help:  ## Say what there is.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -47,5 +49,16 @@ bench: $(INSTALLED)  ## Repeat the committed benchmarks: five seeds of two tasks
 	$(BIN)/python benchmarks/equal_cost.py --task digits-cleaning --out benchmarks/results/digits_cleaning.json
 	$(BIN)/python benchmarks/equal_cost.py --task digits-l2 --out benchmarks/results/digits_l2.json
 
-clean:  ## Remove the environment and the caches.
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist
+$(PEERS_INSTALLED): pyproject.toml constraints.txt benchmarks/methods/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
+		--requirement benchmarks/methods/requirements.txt
+	# Its metadata ask for a Python before 3.11, which its code does not need.
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --ignore-requires-python betty-ml==0.2.1
+	@touch $@
+
+bench-peers: $(PEERS_INSTALLED)  ## Compare with other packages, in an environment of their own; half an hour.
+	$(PEERS)/bin/python benchmarks/peers.py --out benchmarks/results/peers.json --table benchmarks/results/peers.md
+
+clean:  ## Remove the environments and the caches.
+	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache build dist
