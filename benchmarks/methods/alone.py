@@ -27,6 +27,8 @@ _BENCHMARKS = Path(__file__).parent.parent
 # Whatever is freed goes back to the system at once, so that what a process holds is what its arrays take.
 _RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
+_TIMEOUT = 900
+
 
 def use_threads(n: int) -> None:
     """Confines this process to ``n`` cores, as JAX has no other setting, and it must not have been imported yet."""
@@ -44,15 +46,19 @@ def run_alone(package: str, method: str, setting: Setting, n_threads: int) -> tu
     """The estimate and the peak of memory in bytes, from a fresh process.
 
     Raises:
-        RuntimeError: If it fails, with the last line that it has written.
+        RuntimeError: If it fails, with the last line that it has written, or takes a quarter of an hour.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "estimate.pt"
         what = [package, method, setting.model, setting.horizon, setting.n_examples, n_threads, file]
         command = [sys.executable, "-m", "methods.alone", *map(str, what)]
-        done = subprocess.run(
-            command, cwd=_BENCHMARKS, env={**os.environ, **_RETURN_MEMORY}, capture_output=True, text=True, check=False
-        )
+        environment = {**os.environ, **_RETURN_MEMORY}
+        try:
+            done = subprocess.run(
+                command, cwd=_BENCHMARKS, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"not done after {_TIMEOUT} seconds, compilation among them") from None
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
             raise RuntimeError(lines[-1])

@@ -58,9 +58,7 @@ def hypergradient(setting: Setting, **settings: Any) -> Callable[[], Tensor]:
         net,
         torch.optim.SGD(net.parameters(), lr=LR, momentum=MOMENTUM),
     )
-    weighting = _Weighting(
-        "weighting", Config(retain_graph=True), logits, torch.optim.SGD(logits.parameters(), lr=0.0)
-    )
+    weighting = _Weighting("weighting", Config(retain_graph=True), logits, torch.optim.SGD(logits.parameters(), lr=0.0))
     training.batch, weighting.batch = setting.train, setting.val
     dependencies = {"u2l": {weighting: [training]}, "l2u": {training: [weighting]}}
     engine = Engine([weighting, training], EngineConfig(train_iters=setting.horizon), dependencies)

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from methods.problem import GAMMA, LR, MOMENTUM, N_TERMS, SCALE, Method, Setting, train_loss, val_loss
 from optuna_greedyhg.hypergrad.curvature import Neumann
 from optuna_greedyhg.hypergrad.domains import Unbounded
 from optuna_greedyhg.hypergrad.estimators import DrMAD, Estimator, Greedy, Implicit, Reverse, fold
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.products import Products
 from optuna_greedyhg.hypergrad.update_rules import SGD
-
-from methods.problem import GAMMA, LR, MOMENTUM, N_TERMS, SCALE, Method, Setting, train_loss, val_loss
 
 ESTIMATORS: dict[str, Estimator[Any]] = {
     "greedy": Greedy(GAMMA),

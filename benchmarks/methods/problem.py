@@ -95,7 +95,7 @@ class Method(NamedTuple):
 
 
 def plain_training(setting: Setting) -> Callable[[], list[Tensor]]:
-    """The T training steps that all methods make, as anybody would write them, and no hypergradient: the weights w_T."""
+    """The T training steps that all methods make, as anybody would write them: the work that gives w_T."""
     initial, logits = setting.net().state_dict(), torch.zeros(setting.n_examples)
     net = setting.net()
 

@@ -1,0 +1,111 @@
+"""Writes the tables of docs/performance.md anew, and its picture, from the results in benchmarks/results.
+
+    python benchmarks/performance_page.py
+
+The picture is taken by Chrome or Chromium.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import tables
+from plotly.subplots import make_subplots
+
+from optuna_greedyhg.report import theme
+from optuna_greedyhg.report.browser import write_png
+from optuna_greedyhg.report.html import figure_html, whole_page
+
+RESULTS = Path(__file__).with_name("results")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE, PICTURE = DOCS / "performance.md", DOCS / "performance.png"
+
+Result = dict[str, Any]
+
+
+def main() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for name, written in {"peers": peers, "growth": growth}.items():
+        page = updated(page, name, written(_read(name)))
+    PAGE.write_text(page, encoding="utf-8")
+    panels = figure(_read("growth")["rows"])
+    write_png(
+        PICTURE, whole_page("How a hypergradient grows", "", [figure_html("growth", panels, CAPTION, with_plotly=True)])
+    )
+
+
+CAPTION = "Points are measured, lines are fitted: a + b·x, or flat. Both axes are logarithmic."
+
+
+def peers(result: Result) -> str:
+    """One table for each network and horizon, and what they were made with."""
+    rows, parts = result["rows"], []
+    for model, horizon in dict.fromkeys((row["model"], row["horizon"]) for row in rows):
+        its = [row for row in rows if (row["model"], row["horizon"]) == (model, horizon)]
+        parts.append(f"**{model}, T = {horizon}**\n\n{tables.peers(its)}")
+    versions = ", ".join(f"{name} {version or 'missing'}" for name, version in result["packages"].items())
+    return "\n\n".join([*parts, f"{versions}; {_machine(result)}."])
+
+
+def growth(result: Result) -> str:
+    """The table of all series, and what it was made with."""
+    return f"{tables.growth(result['rows'])}\n\n{_machine(result)}."
+
+
+def updated(page: str, name: str, content: str) -> str:
+    """The page with what is between the marks of this name written anew.
+
+    Raises:
+        ValueError: If a mark is missing.
+    """
+    begin, end = f"<!-- {name}: written by benchmarks/performance_page.py -->", f"<!-- end of {name} -->"
+    before, found, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"The page must have the lines {begin!r} and {end!r}, between which the tables go.")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
+
+
+def figure(rows: Sequence[Result]) -> go.Figure:
+    """Seconds above, bytes below; one column for each axis."""
+    axes = list(dict.fromkeys(row["axis"] for row in rows))
+    scale: dict[str, Callable[[float], float]] = {"seconds": lambda y: 1e3 * y, "bytes": lambda y: y / 1e6}
+    panels = make_subplots(rows=2, cols=len(axes), shared_xaxes=True, horizontal_spacing=0.05, vertical_spacing=0.06)
+    color = theme.colors(dict.fromkeys(row["estimator"] for row in rows))
+    for row in rows:
+        name, place = row["estimator"], {"row": [*scale].index(row["quantity"]) + 1, "col": axes.index(row["axis"]) + 1}
+        first = not any(trace.name == name for trace in panels.data)
+        for y, style in (
+            ("y", {"mode": "markers", "showlegend": first}),
+            ("expected", {"mode": "lines", "showlegend": False}),
+        ):
+            values = [scale[row["quantity"]](value) for value in row[y]]
+            panels.add_trace(
+                go.Scatter(x=row["x"], y=values, name=name, legendgroup=name, marker_color=color[name], **style),
+                **place,
+            )
+    for k, axis in enumerate(axes, start=1):
+        panels.update_xaxes(title_text=tables.axis_title(axis), row=2, col=k)
+        panels.update_xaxes(type="log", tickvals=rows[[row["axis"] for row in rows].index(axis)]["x"], col=k)
+    panels.update_yaxes(type="log", dtick="D2")
+    panels.update_yaxes(title_text="ms", row=1, col=1)
+    panels.update_yaxes(title_text="MB", row=2, col=1)
+    return panels.update_layout(template=theme.TEMPLATE, height=640)
+
+
+def _read(name: str) -> Result:
+    result: Result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def _machine(result: Result) -> str:
+    machine = result["machine"]
+    return f"torch {result['versions']['torch']}, {machine['processor']}, {machine['threads']} thread(s)"
+
+
+if __name__ == "__main__":
+    main()

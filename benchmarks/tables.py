@@ -1,0 +1,68 @@
+"""Results as tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+Columns = Mapping[str, Callable[[Row], str]]
+
+_GROWTH_HEADS = {
+    "horizon": "T", "width": "P, the number of weights", "n_hyperparameters": "H", "batch": "examples in a batch"
+}  # fmt: skip
+
+
+def markdown(columns: Columns, rows: Sequence[Row]) -> str:
+    """One line a row; each column makes its cell of the row."""
+    lines = [tuple(columns), ("---",) * len(columns), *(tuple(cell(row) for cell in columns.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def peers(rows: Sequence[Row]) -> str:
+    """The methods of ``peers.py`` on one problem; what fails says so in place of its numbers."""
+    return markdown(_PEERS, rows)
+
+
+def growth(rows: Sequence[Row]) -> str:
+    """The series of ``growth.py``."""
+    return markdown(_GROWTH, rows)
+
+
+def axis_title(axis: str) -> str:
+    return _GROWTH_HEADS[axis]
+
+
+def _number(key: str, form: str) -> Callable[[Row], str]:
+    return lambda row: "" if row.get(key) is None else format(row[key], form)
+
+
+def _formula(row: Row) -> str:
+    if "error" in row:
+        return f"fails: {row['error']}"
+    return f"{row['formula_error']:.0e}" + ("" if row["right"] else ", **wrong**")
+
+
+def _quantity(value: float, quantity: str) -> str:
+    return f"{1e3 * value:.3g} ms" if quantity == "seconds" else f"{value / 1e6:.3g} MB"
+
+
+_PEERS: Columns = {
+    "method": lambda row: row["method"],
+    "estimator": lambda row: row.get("computes", ""),
+    "time / plain training": _number("ratio", ".2f"),
+    "time / ours": _number("to_ours", ".2f"),
+    "seconds": _number("seconds", ".3f"),
+    "peak MB": _number("peak_mb", ".0f"),
+    "cosine with exact": _number("cosine", ".3f"),
+    "error in its formula": _formula,
+}
+_GROWTH: Columns = {
+    "estimator": lambda row: row["estimator"],
+    "of": lambda row: row["quantity"],
+    "against": lambda row: axis_title(row["axis"]),
+    "from": lambda row: f"{row['x'][0]}: {_quantity(row['y'][0], row['quantity'])}",
+    "to": lambda row: f"{row['x'][-1]}: {_quantity(row['y'][-1], row['quantity'])}",
+    "should be": lambda row: "a + b·x" if row["line"] == "proportional" else "flat",
+    "largest distance": lambda row: f"{row['distance']:.1%}",
+}
