@@ -20,11 +20,13 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DataError, InterfaceError, OperationalError
 
 import optuna_greedyhg as ghg
-from optuna_greedyhg.trials import outages
+from optuna_greedyhg.trials import outages, records
 from optuna_greedyhg.trials.outages import outlast
 from tests import postgres
 from tests.trials import problems
 from tests.trials.storages import database, free_port, redis_journal, serve
+
+IMPROVEMENTS = "greedyhg:improvements"  # which say when they were made
 
 
 def of_a_database(cause: type[OperationalError | InterfaceError | DataError]) -> StorageInternalError:
@@ -115,7 +117,11 @@ def assert_alike(trial: FrozenTrial, other: FrozenTrial) -> None:
     assert (trial.state, trial.values, trial.params) == (other.state, other.values, other.params)
     assert trial.intermediate_values == other.intermediate_values
     assert trial.user_attrs | {"cost_seconds": 0} == other.user_attrs | {"cost_seconds": 0}
-    assert trial.system_attrs == other.system_attrs
+    improvements, others = (
+        [row | {"seconds": 0} for row in records.read_improvements(found)] for found in (trial, other)
+    )
+    assert improvements == others != []
+    assert trial.system_attrs | {IMPROVEMENTS: []} == other.system_attrs | {IMPROVEMENTS: []}
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["not done", "done, and the answer lost"])
