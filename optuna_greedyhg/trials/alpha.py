@@ -155,7 +155,7 @@ class Alpha:
             RuntimeError: If it is called a second time.
             ValueError: If a value is not finite.
         """
-        self.require_uncommitted()
+        self._require_uncommitted()
         self._committed = True
         refined = {}
         for name, distribution in self._distributions.items():
@@ -169,8 +169,21 @@ class Alpha:
         self._write_uncommitted()
         return refined
 
-    def require_uncommitted(self) -> None:
-        """Raises ``RuntimeError`` if they have been refined, and written to the trial, before."""
+    def require_refinable_in(self, trial: BaseTrial) -> None:
+        """Checks that they are those of this trial, and have not been refined yet.
+
+        Raises:
+            RuntimeError: If they have been refined, and written to the trial, before.
+            ValueError: If they are another trial's.
+        """
+        if self._trial.number != trial.number:
+            raise ValueError(
+                f"The hyperparameters of trial {self._trial.number} cannot be refined in trial {trial.number}; make an "
+                "Alpha(trial) in each trial."
+            )
+        self._require_uncommitted()
+
+    def _require_uncommitted(self) -> None:
         if self._committed:
             raise RuntimeError("The hyperparameters have been refined already; declare a new Alpha in another trial.")
 

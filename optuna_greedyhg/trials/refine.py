@@ -141,9 +141,10 @@ def refine(
         optuna.TrialPruned: If the pruner says so.
         optuna.exceptions.UpdateFinishedTrialError: If the trial was ended by somebody else.
         RuntimeError: If ``alpha`` has been refined before.
+        TypeError: If the estimator, the policy or the store is a name or a class in place of an object.
         ValueError: If a setting is out of its range or does not fit the problem, checkpoints are asked for without a
-            store, the study has several objectives, it maximizes a loss, or the policy cannot decide, or not so, under
-            this protocol.
+            store, ``alpha`` is of another trial, the study has several objectives, it maximizes a loss, or the policy
+            cannot decide, or not so, under this protocol.
     """
     options = DescentOptions(
         horizon=horizon,
@@ -160,10 +161,11 @@ def refine(
         max_failures=max_failures,
         seed=seed,
     ).suited_to(problem)
-    store = artifact_store or alpha.artifact_store
+    store, callbacks = artifact_store or alpha.artifact_store, tuple(callbacks)
+    _require_objects(estimator, policy, store)
     checkpoint_every = _checkpoint_every(checkpoint_every, trial, store, evaluate_every)
     _warn_of_patient_pruner(trial)
-    alpha.require_uncommitted()
+    alpha.require_refinable_in(trial)
     described = {"estimator": str(estimator), "policy": str(policy), "protocol": _described(options)}
     signature = signature_of(problem, alpha.hyperparameters, update_rule, estimator, options)
     checkpoints = Checkpoints(trial, store, checkpoint_every, signature, problem.val_episodes[0].device)
@@ -363,6 +365,19 @@ class _Recorder:
             metric=self._options.metric,
             best_outer_step=best.outer_step,
         )
+
+
+def _require_objects(estimator: object, policy: object, store: object) -> None:
+    """Checks what would be found out only when the seed has been evaluated, or the trial has ended."""
+    for name, value, method, example, or_none in (
+        ("estimator", estimator, "estimate", "Greedy()", ", or None"),
+        ("policy", policy, "n_outer_steps", "Always()", ""),
+        ("artifact_store", store, "open_reader", "FileSystemArtifactStore('folder')", ", or None"),
+    ):
+        if or_none and value is None:
+            continue
+        if isinstance(value, type) or not hasattr(value, method):
+            raise TypeError(f"{name} must be an object such as {example}{or_none}, but got {value!r}.")
 
 
 def _described(options: DescentOptions) -> str:

@@ -190,3 +190,34 @@ def test_bad_settings_are_refused_before_any_work() -> None:
     with pytest.raises(ValueError, match="horizon must be an integer of at least 1, but got 0"):
         made.optimize(lambda trial: problems.refine(trial, horizon=0), n_trials=1)
     assert "protocol" not in made.trials[0].user_attrs
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "always"}, r"policy must be an object such as Always\(\), but got 'always'"),
+        ({"policy": ghg.Never}, r"policy must be an object such as Always\(\), but got <class .*Never'>"),
+        ({"policy": None}, r"policy must be an object such as Always\(\), but got None"),
+        ({"estimator": "greedy"}, r"estimator must be an object such as Greedy\(\), or None, but got 'greedy'"),
+        ({"estimator": ghg.Greedy}, r"estimator must be an object such as Greedy\(\), or None, but got <class"),
+        (
+            {"artifact_store": "folder"},
+            r"artifact_store must be .*FileSystemArtifactStore.*, or None, but got 'folder'",
+        ),
+        ({"callbacks": print}, "not iterable"),
+    ],
+)
+def test_names_and_classes_in_place_of_objects_are_refused_before_any_work(
+    settings: dict[str, Any], message: str
+) -> None:
+    made = study()
+    with pytest.raises(TypeError, match=message):
+        made.optimize(lambda trial: problems.refine(trial, **settings), n_trials=1)
+    assert made.trials[0].intermediate_values == {}
+
+
+def test_the_hyperparameters_of_another_trial_are_refused() -> None:
+    made = study()
+    alpha = problems.declare(made.ask())
+    with pytest.raises(ValueError, match="hyperparameters of trial 0 cannot be refined in trial 1"):
+        problems.refine(made.ask(), alpha)
