@@ -288,7 +288,7 @@ class TestFailures:
 
             def source() -> Any:
                 for i in range(10**6):
-                    if trial.number == 1 and i == 17:
+                    if trial.number == 1 and i == 9:
                         raise OSError("the disk is gone")
                     yield from problem.first_batches(1)
 
