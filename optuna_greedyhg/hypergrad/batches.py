@@ -139,7 +139,7 @@ class _FirstBatches:
 
 def n_examples(batch: Batch) -> int:
     """The length of the first tensor found in a batch; 1 where there is none, or it has no dimension."""
-    tensor = next(_tensors(batch), None)
+    tensor = next(tensors_of(batch), None)
     return 1 if tensor is None or tensor.ndim == 0 else tensor.shape[0]
 
 
@@ -147,7 +147,7 @@ def is_same(x: Batch, y: Batch) -> bool:
     """Whether two batches are one and the same, or have equal tensors."""
     if x is y:
         return True
-    xs, ys = list(_tensors(x)), list(_tensors(y))
+    xs, ys = list(tensors_of(x)), list(tensors_of(y))
     return bool(xs) and len(xs) == len(ys) and all(torch.equal(a, b) for a, b in zip(xs, ys, strict=True))
 
 
@@ -169,15 +169,10 @@ class Stacked(NamedTuple):
     dims: list[int | None]
     example: Batch
 
-    def batch_of(self, tensors: Iterable[Tensor]) -> Batch:
-        """A batch like these, with other tensors."""
-        ordered = iter(tensors)
-        return _mapped(self.example, lambda _: next(ordered))
-
 
 def stack(many: Sequence[Batch]) -> Stacked:
     """Batches of one ``kind_of`` as one; what they all have in the same memory is not copied."""
-    distinct = {id(batch): [*_tensors(batch)] for batch in many}
+    distinct = {id(batch): [*tensors_of(batch)] for batch in many}
     tensors: list[Tensor] = []
     dims: list[int | None] = []
     for k, first in enumerate(distinct[id(many[0])]):
@@ -198,19 +193,25 @@ def kind_of(batch: Batch) -> Any:
     return batch
 
 
-def _tensors(batch: Batch) -> Iterator[Tensor]:
+def with_tensors(batch: Batch, tensors: Iterator[Tensor]) -> Batch:
+    """The same batch with other tensors, in the order of ``tensors_of``."""
+    return _mapped(batch, lambda _: next(tensors))
+
+
+def tensors_of(batch: Batch) -> Iterator[Tensor]:
+    """The tensors in a batch."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for item in batch.values():
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(batch, (tuple, list)):
         for item in batch:
-            yield from _tensors(item)
+            yield from tensors_of(item)
 
 
 def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    """The same batch with other tensors, made from its own in the order of ``_tensors``."""
+    """The same batch with other tensors, made from its own in the order of ``tensors_of``."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):

@@ -44,7 +44,7 @@ class Replicas:
     What the first lane asks for decides the architecture: all others must be like it.
 
     Args:
-        n_steps: The most steps of a plain training in one round.
+        n_steps: The most steps of a plain training in one round, if lanes wait that ask for anything else.
     """
 
     def __init__(self, n_steps: int) -> None:
@@ -75,17 +75,19 @@ class Replicas:
     def perform(self, works: Sequence[Lanework]) -> list[Outcome]:
         """One round: what has come of each lane's work, in their order."""
         outcomes: dict[int, Outcome] = {}
-        for members in _groups(works):
+        groups = _groups(works)
+        for members in groups:
             self._n_rounds += 1
             its = [works[i] for i in members]
             with randomness.seeded(self._n_rounds, its[0].products.problem.device):
-                outcomes |= zip(members, self._perform_alike(its), strict=True)
+                outcomes |= zip(members, self._perform_alike(its, others_wait=len(groups) > 1), strict=True)
         return [outcomes[i] for i in range(len(works))]
 
-    def _perform_alike(self, works: Sequence[Any]) -> Sequence[Outcome]:
+    def _perform_alike(self, works: Sequence[Any], *, others_wait: bool) -> Sequence[Outcome]:
         lanes = [_Lane(work) for work in works]
+        most = [self._n_steps] if others_wait else []
         try:
-            outcomes = _roll_out(works, lanes) if isinstance(works[0], Horizon) else _train(works, lanes, self._n_steps)
+            outcomes = _roll_out(works, lanes) if isinstance(works[0], Horizon) else _train(works, lanes, most)
         except Exception as error:  # of which lane it is cannot be told
             return [error] * len(works)
         return [lane.error or outcome for lane, outcome in zip(lanes, outcomes, strict=True)]
@@ -155,9 +157,9 @@ def _roll_out(works: Sequence[Horizon], lanes: Sequence[_Lane]) -> list[RollOut]
     return [RollOut(*parts) for parts in zip(states, hypergradients, val_losses, [None] * n, is_finite, strict=True)]
 
 
-def _train(works: Sequence[Training], lanes: Sequence[_Lane], most: int) -> list[Trained | Training]:
+def _train(works: Sequence[Training], lanes: Sequence[_Lane], most: list[int]) -> list[Trained | Training]:
     products = _stacked_products(works[0].products, lanes)
-    n = min(most, *(work.n_steps for work in works))
+    n = min([*most, *(work.n_steps for work in works)])
     alpha, state = trees.stack([work.alpha for work in works]), _stack([work.state for work in works])
     for _ in range(n):
         state = products.step(state, alpha, next(products.train_stream)).after

@@ -124,23 +124,45 @@ def _over_lanes(
 ) -> tuple[Tensor, Tensors]:
     """``function`` of each lane's weights, buffers, α and batch."""
     assert isinstance(alpha, Values)
+
+    def of_one(w: Tensors, b: Tensors, z: Tensors, its: Batch) -> tuple[Tensor, Tensors]:
+        return function(w, b, alpha.at(z), its)
+
     losses, afters = [], []
-    for lanes, stacked in batch.parts:
-
-        def of_one(w: Tensors, b: Tensors, z: Tensors, tensors: list[Tensor], its: Stacked = stacked) -> Any:
-            return function(w, b, alpha.at(z), its.batch_of(tensors))
-
-        states: list[Any] = [parameters, buffers, dict(alpha.coordinates)]
+    for lanes, (tensors, dims, example) in batch.parts:
+        states = [parameters, buffers, dict(alpha.coordinates)]
         if lanes is not None:
             states = [_chosen(tree, lanes) for tree in states]
-        arguments = (*states, stacked.tensors)
-        loss, after = vmap(of_one, in_dims=(0, 0, 0, stacked.dims), randomness="different")(*arguments)
+        leaves = [*batches.tensors_of(states)]
+        loss, after = _vmapped(of_one, (*states, example), [*leaves, *tensors], [*[0] * len(leaves), *dims])
         losses.append(loss)
         afters.append(after)
     if batch.order is None:
         return losses[0], afters[0]
     joined = {name: torch.cat([after[name] for after in afters]) for name in afters[0]}
     return torch.cat(losses)[batch.order], _chosen(joined, batch.order)
+
+
+def _vmapped(
+    function: Callable[..., Any], example: tuple[Any, ...], leaves: Sequence[Tensor], dims: Sequence[int | None]
+) -> Any:
+    """``function`` under ``torch.vmap``, which takes nested arguments itself, but much longer to take them apart.
+
+    Args:
+        function: Of one lane's arguments.
+        example: The arguments, with whatever tensors.
+        leaves: All lanes' tensors in the arguments.
+        dims: Of each, which dimension is the lanes'; ``None`` if they share it.
+    """
+    result: Any = None
+
+    def of_leaves(*its: Tensor) -> tuple[Tensor, ...]:
+        nonlocal result
+        result = function(*batches.with_tensors(example, iter(its)))
+        return tuple(batches.tensors_of(result))
+
+    results = vmap(of_leaves, tuple(dims), randomness="different")(*leaves)
+    return batches.with_tensors(result, iter(results))
 
 
 def _chosen(tree: Mapping[str, Tensor], lanes: Tensor) -> Tensors:
@@ -181,7 +203,9 @@ class StackedRule(UpdateRule):
         def of_one(w: Tensors, g: Tensors, s: Slots, theta: Tensors, n: Any) -> tuple[Tensors, Slots]:
             return self.rule.step(w, g, s, {**numbers, **theta}, n)
 
-        stepped: tuple[Tensors, Slots] = vmap(of_one)(parameters, gradient, slots, tensors, n_steps)
+        arguments = (parameters, gradient, slots, tensors, n_steps)
+        leaves = [*batches.tensors_of(arguments)]
+        stepped: tuple[Tensors, Slots] = _vmapped(of_one, arguments, leaves, [0] * len(leaves))
         return stepped
 
     def preconditioner(self, slots: Slots, theta: Theta, n_steps: int) -> Tensors | None:
