@@ -44,7 +44,7 @@ from optuna_greedyhg.trials.credit import Credit
 from optuna_greedyhg.trials.policies import Always, Fraction, Never, Promising
 from optuna_greedyhg.trials.sampler import GreedyHGSampler
 
-TASKS = ("digits-l2", "wine-ridge", "digits-heads")
+TASKS = ("digits-l2", "digits-heads", "digits-cleaning")
 SCORES = ("val_loss", "test_loss", "mean_val_loss", "mean_test_loss")
 
 
@@ -77,7 +77,8 @@ CHOICES: dict[str, Choice] = {
     **{f"horizon {horizon}": Choice(horizon=horizon) for horizon in (5, 20)},
     **{f"outer lr ×{factor:g}": Choice(settings={"outer_lr": factor}) for factor in (0.1, 0.3, 3.0)},
     "decay 0.93": Choice(settings={"outer_decay": 0.93}),
-    **{f"radius {radius:g}": Choice(settings={"trust_radius": radius}) for radius in (5.0, 20.0)},
+    **{f"radius {radius:g}": Choice(settings={"trust_radius": radius}) for radius in (1.0, 3.0)},
+    "no rebase": Choice(settings={"rebase": False}),
     "no patience": Choice(settings={"patience": None}),
     "refines all": Choice(settings={"policy": Always()}),
     "refines half": Choice(settings={"policy": Fraction(0.5)}),

@@ -9,7 +9,7 @@ steps do not depend on them. Two wrappers bound its path, and nest:
 
 Together, with Adam's steps of at most about lr: first fast, then fine, and never further from the seed than that.
 
-    >>> outer_optimizer = Decaying(0.95, TrustRegion(10.0, partial(torch.optim.Adam, lr=1.0)))
+    >>> outer_optimizer = Decaying(0.95, TrustRegion(2.0, partial(torch.optim.Adam, lr=0.3)))
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Decaying:
 class TrustRegion:
     """An outer optimizer that stays near the seed: after every step, z ← z_0 + clip(z − z_0, ±radius), elementwise.
 
-    In an :class:`~optuna_greedyhg.hypergrad.domains.Interval` seeded in its middle, a radius of 10 leaves about a
-    quarter of the width to either side.
+    In an :class:`~optuna_greedyhg.hypergrad.domains.Interval` seeded in its middle, a radius as large as its slowness
+    leaves about a quarter of the width to either side.
 
     Args:
         radius: In coordinates, above 0.
