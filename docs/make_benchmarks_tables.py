@@ -83,7 +83,9 @@ def _section(task: str, content: Mapping[str, Any]) -> str:
         f"[`{file}`](../benchmarks/results/{file}), on {content['machine']['processor']}, torch "
         f"{content['versions']['torch']}, made by"
     )
-    return f"### {task}\n\n{how}\n\n    {content['command']}\n\n{_table(COMPARISON, _lines(its))}"
+    renewed = content.get("renewed")
+    again = "" if renewed is None else f"    {renewed['command']}\n"
+    return f"### {task}\n\n{how}\n\n    {content['command']}\n{again}\n{_table(COMPARISON, _lines(its))}"
 
 
 def _lines(its: Statistics) -> Iterator[list[str]]:
