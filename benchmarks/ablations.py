@@ -44,7 +44,7 @@ from optuna_greedyhg.trials.credit import Credit
 from optuna_greedyhg.trials.policies import Always, Fraction, Never, Promising
 from optuna_greedyhg.trials.sampler import GreedyHGSampler
 
-TASKS = ("digits-l2", "digits-heads", "digits-cleaning")
+TASKS = ("wine-ridge", "digits-l2", "digits-heads")
 SCORES = ("val_loss", "test_loss", "mean_val_loss", "mean_test_loss")
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=TASKS, metavar="TASK")
     parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=list(CHOICES), metavar="CHOICE")
-    parser.add_argument("--budget", type=float, default=50.0, help="in full trainings")
+    parser.add_argument("--budget", type=float, default=30.0, help="in full trainings")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
@@ -109,7 +109,7 @@ def main() -> None:
 
     cells = [
         {"task": task, "seed": seed, "choice": choice, "budget": budget}
-        for task, seed, choice in product(tasks, range(n_seeds), arguments.choices)
+        for seed, task, choice in product(range(n_seeds), tasks, arguments.choices)
     ]
     rows = grid.run(arguments.out, cells, run)
     for task in tasks:

@@ -32,7 +32,7 @@ COMPARISON = (
     "test",
     "seconds",
 )
-ABLATION = ("choice", "validation loss", "test loss", "on the way, validation", "test", "refined trials")
+ABLATION = ("choice", "seeds", "validation loss", "test loss", "on the way, validation", "test", "refined trials")
 _KEYS = ("val_loss", "test_loss", "mean_val_loss", "mean_test_loss")
 
 
@@ -126,14 +126,13 @@ def ablations() -> str:
 
 def _ablation(rows: Sequence[Mapping[str, Any]]) -> str:
     made_by, budget = rows[0]["made_by"], rows[0]["cell"]["budget"]
-    n_seeds = len({row["cell"]["seed"] for row in rows})
     lines = []
     for choice in dict.fromkeys(row["cell"]["choice"] for row in rows):
         results = [row["result"] for row in rows if row["cell"]["choice"] == choice]
         medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
         scores = [number("val_loss", medians[key]) for key in _KEYS]
-        lines.append([choice, *scores, f"{medians['n_refined']:.0f} of {medians['n_trials']:.0f}"])
-    how = f"{n_seeds} seeds, {budget:g} full trainings each, torch {made_by['versions']['torch']}, made by"
+        lines.append([choice, f"{len(results)}", *scores, f"{medians['n_refined']:.0f} of {medians['n_trials']:.0f}"])
+    how = f"Medians over seeds, {budget:g} full trainings each, torch {made_by['versions']['torch']}, made by"
     return f"{how}\n\n    {made_by['command']}\n\n{_table(ABLATION, lines)}"
 
 
