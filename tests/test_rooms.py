@@ -14,7 +14,7 @@ HYPERGRAD = sorted(PACKAGE.glob("hypergrad/**/*.py"))
 
 ROOMS = ("hypergrad", "trials", "report", "tasks", "cli")
 FLOORS = (
-    {"trees", "cost", "clock", "peak_memory", "convolution", "likeness", "outer"},
+    {"trees", "cost", "clock", "devices", "peak_memory", "convolution", "likeness", "outer"},
     {"domains", "randomness", "product_modes"},
     {"batches"},
     {"problem", "update_rules"},

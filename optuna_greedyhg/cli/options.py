@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from optuna_greedyhg.hypergrad.devices import as_device
 from optuna_greedyhg.report.files import write_whole
 from optuna_greedyhg.tasks import FROM_FOLDER, TASKS, Task, make_task
 
@@ -28,7 +29,7 @@ class DeviceName(StrEnum):
         """The device; auto is a GPU if there is one."""
         if self == DeviceName.CUDA and not torch.cuda.is_available():
             raise typer.BadParameter("this machine has no CUDA device; use --device auto or cpu", param_hint="--device")
-        return torch.device("cuda" if self != DeviceName.CPU and torch.cuda.is_available() else "cpu")
+        return as_device(self.value)
 
 
 TaskOption = Annotated[TaskName, typer.Option("--task", help="The task; see greedyhg tasks.")]

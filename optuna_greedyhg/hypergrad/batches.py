@@ -22,15 +22,15 @@ Source = Iterable[Batch]
 _CPU = torch.device("cpu")  # whose generators decide the order of batches
 
 
-def as_source(batches: Any, name: str) -> Source:
-    """``batches`` itself, or a list of one where it is a full batch (see above).
+def as_source(batches: Any, name: str, device: torch.device = _CPU) -> Source:
+    """``batches`` itself, or a list of one where it is a full batch (see above), which is moved to ``device``.
 
     Raises:
         TypeError: If ``batches`` cannot be iterated over.
         ValueError: If it is known to be empty.
     """
     if isinstance(batches, (Tensor, Mapping)) or _is_full_batch(batches):
-        return [batches]
+        return [to_device(batches, device)]
     if not isinstance(batches, Iterable):
         raise TypeError(
             f"{name} must be an iterable of batches (a DataLoader, a list) or one full batch (a tensor, a tuple of "
@@ -60,12 +60,19 @@ class Position(TypedDict):
 class Stream:
     """An endless iterator over a source: it starts again when the source ends.
 
+    Args:
+        source: The source.
+        name: What it is called in errors.
+        pin: Whether batches on the CPU are put into pinned memory, from which a CUDA device fetches them while the
+            program goes on.
+
     Raises:
         RuntimeError: From ``next``, if the source ends and cannot be started again.
     """
 
-    def __init__(self, source: Source, name: str) -> None:
+    def __init__(self, source: Source, name: str, *, pin: bool = False) -> None:
         self._source = source
+        self._pin = pin
         self._name = name
         self._iterator: Iterator[Batch] | None = None
         self._position: Position | None = None
@@ -103,7 +110,7 @@ class Stream:
                 self._iterator = None
             else:
                 self._position["n_drawn"] += 1
-                return batch
+                return _mapped(batch, _pinned) if self._pin else batch
         raise RuntimeError(
             f"{self._name} ended and yields nothing when started again: it is a one-shot iterator. Pass something that "
             "can be iterated over again (a list, a DataLoader) or that never ends."
@@ -143,11 +150,19 @@ def n_examples(batch: Batch) -> int:
     return 1 if tensor is None or tensor.ndim == 0 else tensor.shape[0]
 
 
-def is_same(x: Batch, y: Batch) -> bool:
-    """Whether two batches are one and the same, or have equal tensors."""
+def is_same(x: Batch, y: Batch, *, wait: bool = True) -> bool:
+    """Whether two batches are one and the same, or have equal tensors.
+
+    Args:
+        x: A batch.
+        y: Another.
+        wait: Whether to compare tensors on other devices than the CPU, too, which waits for these.
+    """
     if x is y:
         return True
     xs, ys = list(tensors_of(x)), list(tensors_of(y))
+    if not wait and any(tensor.device != _CPU for tensor in xs + ys):
+        return False
     return bool(xs) and len(xs) == len(ys) and all(torch.equal(a, b) for a, b in zip(xs, ys, strict=True))
 
 
@@ -221,6 +236,10 @@ def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     if isinstance(batch, (tuple, list)):
         return type(batch)(_mapped(item, function) for item in batch)
     return batch
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor.pin_memory() if tensor.device == _CPU else tensor
 
 
 def _is_same_memory(x: Tensor, y: Tensor) -> bool:

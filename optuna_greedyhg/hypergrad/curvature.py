@@ -136,8 +136,8 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, n_vectors: int) -
         images.append(matvec(x.unsqueeze(0)))
         image = images[-1][0]
     projected = torch.cat(images) @ basis.T
-    if bool(torch.isfinite(projected).all()):
-        values, rotation = torch.linalg.eigh((projected + projected.T) / 2)
-    else:  # for which eigh may raise an error
-        values, rotation = torch.full_like(basis[:, 0], torch.nan), projected
+    # For what is not finite eigh may raise an error, and nobody should wait to find out.
+    finite = torch.isfinite(projected).all()
+    values, rotation = torch.linalg.eigh(torch.where(finite, (projected + projected.T) / 2, 0.0))
+    values, rotation = (torch.where(finite, x, torch.nan) for x in (values, rotation))
     return RitzPairs(values, rotation.T @ basis, projected.diagonal()[:1])

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from optuna_greedyhg.hypergrad.problem import BilevelProblem, Loss, Metric
@@ -40,7 +41,7 @@ class MetaProblem:
     looks at the last step alone.
 
     Args:
-        model: As for :class:`BilevelProblem`, as are both losses, metrics and outer parameters.
+        model: As for :class:`BilevelProblem`, as are both losses, metrics, outer parameters, device and autocast.
         train_loss: ``(model, alpha, batch) -> L_train``.
         val_loss: ``(model, alpha, batch) -> L_val``.
         draw: Draws an episode with torch's global generator, which is seeded anew for each outer step: the same seed
@@ -51,6 +52,8 @@ class MetaProblem:
         metrics: Further scores by name, ``(model, alpha, batch) -> mean``.
         outer_parameters: The parameters of the model that are hyperparameters.
         product_mode: As for :class:`BilevelProblem`.
+        device: Where to compute.
+        autocast: The dtype of what tolerates it.
 
     Raises:
         TypeError: If ``draw`` is not callable, or as :class:`BilevelProblem` does.
@@ -72,6 +75,8 @@ class MetaProblem:
         metrics: Mapping[str, Metric] | None = None,
         outer_parameters: Sequence[str] = (),
         product_mode: ProductMode | None = None,
+        device: torch.device | str | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         if not callable(draw):
             raise TypeError("draw must be a function without arguments that returns an Episode.")
@@ -90,6 +95,8 @@ class MetaProblem:
             metrics=metrics,
             outer_parameters=outer_parameters,
             product_mode=product_mode,
+            device=device,
+            autocast=autocast,
         )
         self.val_episodes = (first, *(first.with_batches(*episode) for episode in held_out[1:]))
         self.test_episodes = tuple(first.with_batches(*episode) for episode in test_episodes)

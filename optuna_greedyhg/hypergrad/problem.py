@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -30,6 +30,7 @@ from torch.func import functional_call
 
 from optuna_greedyhg.hypergrad import batches, likeness, randomness, trees
 from optuna_greedyhg.hypergrad.batches import Batch, Source, Stream
+from optuna_greedyhg.hypergrad.devices import as_device
 from optuna_greedyhg.hypergrad.domains import Hyperparameter
 from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.randomness import RandomState
@@ -89,7 +90,7 @@ class BilevelProblem:
     mode it was handed over (normally ``train()``), everything else sees it in ``eval()``.
 
     Args:
-        model: The module to train. Its parameters' device is where everything is computed.
+        model: The module to train.
         train_loss: ``(model, alpha, batch) -> L_train``, a 0-dimensional tensor, differentiable twice.
         val_loss: ``(model, alpha, batch) -> L_val``, a 0-dimensional tensor; also the loss reported on the test split.
         train_batches: A ``DataLoader``, a list, an endless iterator, or one full batch (a tensor, a dictionary, or a
@@ -105,12 +106,17 @@ class BilevelProblem:
         product_mode: How the training loss is differentiated twice. By default in reverse, which is the fastest, or
             forward where an operator has no second derivative in reverse. Forward can be forced where memory is short,
             differences where an operator has neither.
+        device: Where everything is computed; ``"auto"`` is a CUDA device if there is one. By default where the model's
+            parameters are. A full batch is moved there once, other batches as they come: on CUDA from pinned memory,
+            so that nobody waits for them.
+        autocast: The dtype, normally ``torch.bfloat16``, in which the losses and metrics compute what tolerates it (see
+            ``torch.autocast``). Weights, gradients, the optimizer's state, α and all that is summed up keep theirs.
 
     Raises:
         TypeError: If a loss is not callable, batches cannot be iterated over, or ``outer_parameters`` is a string.
         ValueError: If the model has nothing to train, batches are empty, a metric is called ``"loss"``, a name in
-            ``outer_parameters`` matches nothing, or an iterator that may never end is given without
-            ``n_eval_batches``.
+            ``outer_parameters`` matches nothing, an iterator that may never end is given without
+            ``n_eval_batches``, or there is no such device.
     """
 
     def __init__(
@@ -126,6 +132,8 @@ class BilevelProblem:
         n_eval_batches: int | None = None,
         outer_parameters: Sequence[str] = (),
         product_mode: ProductMode | None = None,
+        device: torch.device | str | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         if not callable(train_loss) or not callable(val_loss):
             raise TypeError("train_loss and val_loss must be functions of (model, alpha, batch).")
@@ -133,6 +141,8 @@ class BilevelProblem:
             raise ValueError(f"n_eval_batches must be at least 1, or None for a whole pass, but got {n_eval_batches}.")
         if metrics and "loss" in metrics:
             raise ValueError("A metric must not be called 'loss': that is the name of val_loss itself. Rename it.")
+        if device is not None:
+            model = copy.deepcopy(model).to(as_device(device))
         outer = _names_of(model, outer_parameters)
         inner = {name: p for name, p in model.named_parameters() if name not in outer}
         if not any(p.requires_grad for p in inner.values()):
@@ -152,6 +162,7 @@ class BilevelProblem:
         self._val_loss = val_loss
         self._metrics = dict(metrics or {})
         self.product_mode = product_mode
+        self._autocast = autocast
         self._set_batches(train_batches, val_batches, test_batches, n_eval_batches)
 
     def with_batches(self, train_batches: Any, val_batches: Any) -> BilevelProblem:
@@ -161,14 +172,14 @@ class BilevelProblem:
         return other
 
     def _set_batches(self, train_batches: Any, val_batches: Any, test_batches: Any, n_eval_batches: int | None) -> None:
-        self._train_source = batches.as_source(train_batches, "train_batches")
-        self._val_source = batches.as_source(val_batches, "val_batches")
+        self._train_source = batches.as_source(train_batches, "train_batches", self.device)
+        self._val_source = batches.as_source(val_batches, "val_batches", self.device)
         self._val_set = batches.evaluation_set(self._val_source, "val_batches", n_eval_batches)
         self._kept: list[Batch] = []
         sources = [self._train_source, self._val_source]
         self._test_set: Source | None = None
         if test_batches is not None:
-            sources.append(batches.as_source(test_batches, "test_batches"))
+            sources.append(batches.as_source(test_batches, "test_batches", self.device))
             self._test_set = batches.evaluation_set(sources[-1], "test_batches", n_eval_batches)
         self._generators = list(dict.fromkeys(g for source in sources for g in batches.generators_of(source)))
 
@@ -261,11 +272,11 @@ class BilevelProblem:
 
     def train_stream(self) -> Stream:
         """A fresh endless stream over the training batches."""
-        return Stream(self._train_source, "train_batches")
+        return Stream(self._train_source, "train_batches", pin=self.device.type == "cuda")
 
     def val_stream(self) -> Stream:
         """A fresh endless stream over the validation batches."""
-        return Stream(self._val_source, "val_batches")
+        return Stream(self._val_source, "val_batches", pin=self.device.type == "cuda")
 
     def n_examples(self, batch: Batch) -> int:
         """The number of examples in a batch, in which costs are counted."""
@@ -276,13 +287,16 @@ class BilevelProblem:
     ) -> tuple[Tensor, Tensors]:
         """``L_train(w, α)`` on one batch, and the buffers after it."""
         model = self._model(self._train_module, parameters, buffers, alpha)
-        loss = _scalar(self._train_loss(model, alpha, batches.to_device(batch, self.device)), "train_loss")
-        return loss, {name: buffer.detach() for name, buffer in model.buffers.items()}
+        with self._precision():
+            loss = _scalar(self._train_loss(model, alpha, batches.to_device(batch, self.device)), "train_loss")
+        return loss.to(self.dtype), {name: buffer.detach() for name, buffer in model.buffers.items()}
 
     def validate(self, parameters: Tensors, buffers: Tensors, alpha: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """``L_val(w, α)`` on one batch."""
         model = self._model(self._eval_module, parameters, buffers, alpha)
-        return _scalar(self._val_loss(model, alpha, batches.to_device(batch, self.device)), "val_loss")
+        with self._precision():
+            loss = _scalar(self._val_loss(model, alpha, batches.to_device(batch, self.device)), "val_loss")
+        return loss.to(self.dtype)
 
     def evaluate(
         self, split: str, parameters: Tensors, buffers: Tensors, alpha: Mapping[str, Tensor]
@@ -299,17 +313,15 @@ class BilevelProblem:
         functions = {"loss": self._val_loss, **self._metrics}
         sums: dict[str, Tensor | float] = dict.fromkeys(functions, 0.0)
         count = 0
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():
             model = self._model(self._eval_module, parameters, buffers, alpha)
             for batch in source:
                 n = batches.n_examples(batch)
                 on_device = batches.to_device(batch, self.device)
                 for name, function in functions.items():
                     value = function(model, alpha, on_device)
-                    if name == "loss":
-                        _scalar(value, "val_loss")
-                    elif isinstance(value, Tensor):  # a metric may be a plain number
-                        _scalar(value, f"The metric {name!r}")
+                    if name == "loss" or isinstance(value, Tensor):  # a metric may be a plain number
+                        value = _scalar(value, "val_loss" if name == "loss" else f"The metric {name!r}").to(self.dtype)
                     sums[name] = sums[name] + n * value
                 count += n
         if count == 0:
@@ -357,6 +369,9 @@ class BilevelProblem:
 
     def _model(self, module: nn.Module, parameters: Tensors, buffers: Tensors, alpha: Mapping[str, Tensor]) -> Model:
         return Model(module, parameters, buffers, self._constants, lambda: self._outer_values(alpha))
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)
 
     def _outer_values(self, alpha: Mapping[str, Tensor]) -> Tensors:
         return {name: alpha[name].to(x.dtype) for name, x in self._outer.items()}  # α is float32 at least

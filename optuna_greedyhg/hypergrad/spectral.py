@@ -114,10 +114,11 @@ class Spectral(Propagator[Spectrum]):
 
     def begin(self, carried: Any, step: InnerStep, v: Tensors, reach: int) -> Spectrum:
         known = (replace(step.recipe, batch=batch, random_state=state) for batch, state in carried or ())
-        return self._measured(self._recipes(tuple(known), step), step, v, reach)
+        recipes = self._recipes(tuple(known), step, wait=True)
+        return self._measured(recipes, step, v, reach)
 
     def proceed(self, state: Spectrum, step: InnerStep, v: Tensors, reach: int) -> Spectrum:
-        recipes = self._recipes(state.recipes, step)
+        recipes = self._recipes(state.recipes, step, wait=False)
         if step.remaining > state.refresh_at or reach == 0:
             return state._replace(recipes=recipes)
         return self._measured(recipes, step, v, reach)
@@ -135,9 +136,9 @@ class Spectral(Propagator[Spectrum]):
         slots = {} if moment is None else {moment: trees.unflatten(_scaled(respond(1), root), v)}
         return Propagated(1.0, Covector(trees.unflatten(on_weights, v), slots))
 
-    def _recipes(self, known: tuple[StepRecipe, ...], step: InnerStep) -> tuple[StepRecipe, ...]:
+    def _recipes(self, known: tuple[StepRecipe, ...], step: InnerStep, *, wait: bool) -> tuple[StepRecipe, ...]:
         """The last steps on different batches, the present one at the end."""
-        others = [recipe for recipe in known if not is_same(recipe.batch, step.recipe.batch)]
+        others = [recipe for recipe in known if not is_same(recipe.batch, step.recipe.batch, wait=wait)]
         return (*others, step.recipe)[-self.n_batches :]
 
     def _measured(self, recipes: tuple[StepRecipe, ...], step: InnerStep, v: Tensors, reach: int) -> Spectrum:
