@@ -378,6 +378,17 @@ def test_equal_seeds_give_equal_studies(name: str, credit: Credit) -> None:
     assert seeds(studies[0]) == seeds(studies[1])
 
 
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("name", ["tpe", "cmaes", "nsgaii"])
+def test_a_study_goes_on_elsewhere_with_its_pickled_sampler(name: str, credit: Credit, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    study = refined_study(SAMPLERS[name], credit, n_trials=5, storage=url, study_name="x")
+    sampler = pickle.loads(pickle.dumps(study.sampler))
+    elsewhere = optuna.load_study(study_name="x", storage=url, sampler=sampler)
+    elsewhere.optimize(refined_objective, n_trials=4)
+    assert seeds(elsewhere) == seeds(refined_study(SAMPLERS[name], credit, n_trials=9))
+
+
 def test_an_enqueued_value_is_its_own_seed_and_an_enqueued_seed_is_refined() -> None:
     spy = Spy()
     study = optuna.create_study(sampler=ghg.GreedyHGSampler(spy, credit="seed"))
