@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 _LOG_FROM_RATIO = 3.0
 _MAX_TICKS = 6
+_CLOSEST_TICKS = 0.15  # of the axis, which may be as high as six lines of text
 # The digits that the ticks of a logarithmic axis start with, from many to few.
 _DIGITS = ((1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0), (1.0, 2.0, 5.0), (1.0,))
 
@@ -76,9 +78,14 @@ def log_ticks(values: Sequence[float]) -> dict[str, Any]:
     choices = [
         [x for power in powers for d in digits if low <= (x := float(f"{d}e{power}")) <= high] for digits in _DIGITS
     ]
-    ticks = next((choice for choice in choices if len(choice) <= _MAX_TICKS), choices[-1])
+    ticks = next((choice for choice in choices if _is_legible(choice, low, high)), choices[-1])
     ticks = ticks[:: -(-len(ticks) // _MAX_TICKS) or 1] or [float(f"{values[0]:.3g}")]
     return {"type": "log", "tickvals": ticks, "ticktext": [_tick(x) for x in ticks]}
+
+
+def _is_legible(ticks: Sequence[float], low: float, high: float) -> bool:
+    closest = min((math.log(b / a) for a, b in pairwise(ticks)), default=math.inf)
+    return len(ticks) <= _MAX_TICKS and closest >= _CLOSEST_TICKS * math.log(high / low)
 
 
 def _tick(x: float) -> str:

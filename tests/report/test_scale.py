@@ -1,3 +1,6 @@
+import math
+from itertools import pairwise
+
 import pytest
 
 from optuna_greedyhg.report.scale import Scale, log_ticks
@@ -38,6 +41,14 @@ def test_logarithmic_ticks_are_few_and_near_the_values(values):
     ticks = log_ticks(values)["tickvals"]
     assert 1 <= len(ticks) <= 6
     assert all(0.9 * min(values) <= x <= 1.1 * max(values) for x in ticks)
+
+
+@pytest.mark.parametrize("ratio", [1.3, 2.0, 2.9, 3.5, 5.0, 7.3, 10.0, 40.0, 1e4, 1e9])
+@pytest.mark.parametrize("low", [1e-5, 1.7e-4, 0.29, 0.55])
+def test_logarithmic_ticks_do_not_touch_on_a_low_panel(low, ratio):
+    ticks = log_ticks([low, ratio * low])["tickvals"]
+    assert len(ticks) >= 2 or ratio < 3
+    assert all(math.log(b / a) > math.log(ratio) / 8 for a, b in pairwise(ticks))
 
 
 def test_ticks_say_their_value():
