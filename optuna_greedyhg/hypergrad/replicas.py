@@ -85,9 +85,12 @@ class Replicas:
 
     def _perform_alike(self, works: Sequence[Any], *, others_wait: bool) -> Sequence[Outcome]:
         lanes = [_Lane(work) for work in works]
-        most = [self._n_steps] if others_wait else []
+        n_steps = min(work.n_steps for work in works)
         try:
-            outcomes = _roll_out(works, lanes) if isinstance(works[0], Horizon) else _train(works, lanes, most)
+            if isinstance(works[0], Horizon):
+                outcomes: Sequence[Outcome] = _roll_out(works, lanes)
+            else:
+                outcomes = _train(works, lanes, min(n_steps, self._n_steps) if others_wait else n_steps)
         except Exception as error:  # of which lane it is cannot be told
             return [error] * len(works)
         return [lane.error or outcome for lane, outcome in zip(lanes, outcomes, strict=True)]
@@ -157,9 +160,8 @@ def _roll_out(works: Sequence[Horizon], lanes: Sequence[_Lane]) -> list[RollOut]
     return [RollOut(*parts) for parts in zip(states, hypergradients, val_losses, [None] * n, is_finite, strict=True)]
 
 
-def _train(works: Sequence[Training], lanes: Sequence[_Lane], most: list[int]) -> list[Trained | Training]:
+def _train(works: Sequence[Training], lanes: Sequence[_Lane], n: int) -> list[Trained | Training]:
     products = _stacked_products(works[0].products, lanes)
-    n = min([*most, *(work.n_steps for work in works)])
     alpha, state = trees.stack([work.alpha for work in works]), _stack([work.state for work in works])
     for _ in range(n):
         state = products.step(state, alpha, next(products.train_stream)).after

@@ -108,3 +108,27 @@ def test_a_batch_keeps_its_structure_and_numbers_on_its_way_to_the_device():
     assert moved["list"][1] == "text"
     assert isinstance(moved["tuple"], tuple)
     assert moved["tuple"][1] is None
+
+
+class TestStack:
+    def test_what_all_share_is_not_copied_and_the_rest_is_put_side_by_side(self):
+        shared, own = torch.arange(6.0), [torch.zeros(2), torch.ones(2)]
+        stacked = batches.stack([{"x": shared[:3], "rest": (y, "text")} for y in own])
+        assert stacked.dims == [None, 0]
+        assert stacked.tensors[0].data_ptr() == shared.data_ptr()
+        assert torch.equal(stacked.tensors[1], torch.stack(own))
+        rebuilt = batches.with_tensors(stacked.example, iter([own[1], own[0]]))
+        assert rebuilt == {"x": own[1], "rest": (own[0], "text")}
+
+    def test_a_view_with_other_strides_is_another_tensor(self):
+        x = torch.arange(4.0).reshape(2, 2)
+        assert batches.stack([x, x.T]).dims == [0]
+
+    @pytest.mark.parametrize(
+        "other",
+        [(torch.zeros(3),), (torch.zeros(2).double(),), [torch.zeros(2)], (torch.zeros(2), "text")],
+        ids=["shape", "dtype", "container", "length"],
+    )
+    def test_batches_are_of_one_kind_if_they_differ_in_their_entries_alone(self, other):
+        assert batches.kind_of((torch.zeros(2),)) == batches.kind_of((torch.ones(2),))
+        assert batches.kind_of((torch.zeros(2),)) != batches.kind_of(other)
