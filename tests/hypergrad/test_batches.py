@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from optuna_greedyhg.hypergrad import batches
 from optuna_greedyhg.hypergrad.batches import Stream, as_source, evaluation_set, n_examples, to_device
 from tests.problems import CPU
 
