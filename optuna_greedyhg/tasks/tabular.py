@@ -49,6 +49,7 @@ class _Tabular:
         outer_lr=0.3,
         evaluate=Retrain(200),
         evaluate_every=5,
+        trust_radius=0.25,
         patience=2,
         policy=Promising(0.3),
     )
