@@ -55,6 +55,7 @@ class Choice:
     Attributes:
         estimator: The hypergradient's.
         settings: Fields of the task's ``Settings`` that are otherwise.
+        outer_lr_factor: By which the task's is multiplied.
         horizon: Number of training steps in an outer step, of as many as the task makes in all; ``None`` is its own.
         credit: What TPE learns from.
         pruner: Of the study.
@@ -63,6 +64,7 @@ class Choice:
 
     estimator: Estimator[Any] = Greedy()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    outer_lr_factor: float = 1.0
     horizon: int | None = None
     credit: Credit = "refined"
     pruner: BasePruner = field(default_factory=MedianPruner)
@@ -75,9 +77,10 @@ CHOICES: dict[str, Choice] = {
     "terminal": Choice(Greedy(terminal=True)),
     **{f"rank {rank}": Choice(Greedy(propagator=Spectral(rank=rank))) for rank in (2, 5, 10)},
     **{f"horizon {horizon}": Choice(horizon=horizon) for horizon in (5, 20)},
-    **{f"outer lr ×{factor:g}": Choice(settings={"outer_lr": factor}) for factor in (0.1, 0.3, 3.0)},
+    **{f"outer lr ×{factor:g}": Choice(outer_lr_factor=factor) for factor in (0.1, 0.3, 3.0)},
     "decay 0.93": Choice(settings={"outer_decay": 0.93}),
-    **{f"radius {radius}": Choice(settings={"trust_radius": radius}) for radius in (0.1, 1.0, None)},
+    **{f"radius {radius:g}": Choice(settings={"trust_radius": radius}) for radius in (0.1, 1.0)},
+    "no radius": Choice(settings={"trust_radius": None}),
     "no rebase": Choice(settings={"rebase": False}),
     "no patience": Choice(settings={"patience": None}),
     "refines all": Choice(settings={"policy": Always()}),
@@ -138,9 +141,8 @@ class _Inheriting:
 
 def run(cell: grid.Cell) -> dict[str, Any]:
     choice, task = CHOICES[cell["choice"]], make_task(cell["task"], seed=cell["seed"])
-    settings = replace(task.settings, **choice.settings)
-    if "outer_lr" in choice.settings:
-        settings = replace(settings, outer_lr=task.settings.outer_lr * choice.settings["outer_lr"])
+    outer_lr = task.settings.outer_lr * choice.outer_lr_factor
+    settings = replace(task.settings, outer_lr=outer_lr, **choice.settings)
     if choice.horizon is not None:
         n_steps = settings.horizon * settings.n_outer_steps
         settings = replace(settings, horizon=choice.horizon, n_outer_steps=n_steps // choice.horizon)

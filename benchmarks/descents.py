@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import warnings
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def run(cell: grid.Cell) -> dict[str, Any]:
         estimator=ESTIMATORS[cell["method"]],
         horizon=settings.horizon,
         n_outer_steps=settings.n_outer_steps,
-        outer_optimizer=partial(torch.optim.Adam, lr=settings.outer_lr),
+        outer_optimizer=settings.outer_optimizer,
         evaluate=settings.evaluate,
         evaluate_every=settings.evaluate_every,
     )
