@@ -74,7 +74,7 @@ def test_a_tensor_starts_where_the_best_trial_has_ended(store: FileSystemArtifac
 
 
 def test_what_is_inherited_is_refined_further(store: FileSystemArtifactStore) -> None:
-    study = make_study(6, store, n_outer_steps=8)
+    study = make_study(6, store, n_outer_steps=2)
     norms = [float(ghg.refined_params(t, store)["c"].norm()) for t in study.trials]
     assert norms[-1] < norms[0] - 0.5
 
