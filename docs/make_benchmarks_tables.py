@@ -83,12 +83,14 @@ def _section(task: str, content: Mapping[str, Any]) -> str:
         f"[`{file}`](../benchmarks/results/{file}), on {content['machine']['processor']}, torch "
         f"{content['versions']['torch']}, made by"
     )
-    renewed = content.get("renewed")
-    again = "" if renewed is None else f"    {renewed['command']}\n"
-    return f"### {task}\n\n{how}\n\n    {content['command']}\n{again}\n{_table(COMPARISON, _lines(its))}"
+    renewed = content.get("renewed", {"methods": []})
+    again = f"    {renewed['command']}\n" if renewed["methods"] else ""
+    lines = _lines(its, elsewhere=renewed["methods"])
+    return f"### {task}\n\n{how}\n\n    {content['command']}\n{again}\n{_table(COMPARISON, lines)}"
 
 
-def _lines(its: Statistics) -> Iterator[list[str]]:
+def _lines(its: Statistics, elsewhere: Sequence[str]) -> Iterator[list[str]]:
+    """One line a method; without the seconds of those that were run at another time."""
     for row in its.rows:
         low, high = row.n_trials
         val, test = row.anytime["val_loss"], row.anytime["test_loss"]
@@ -101,7 +103,7 @@ def _lines(its: Statistics) -> Iterator[list[str]]:
             "" if versus is None else plus_minus("test_loss", versus.mean_difference, versus.half_width),
             _share(val.reached),
             _share(test.reached),
-            f"{row.seconds.median:.0f}",
+            "" if row.name in elsewhere else f"{row.seconds.median:.0f}",
         ]
 
 
