@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import optuna_greedyhg
 def describe() -> dict[str, object]:
     """The command, the versions and the machine of this process."""
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "versions": {
             "optuna_greedyhg": optuna_greedyhg.__version__,
             "python": platform.python_version(),

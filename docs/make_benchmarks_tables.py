@@ -127,15 +127,20 @@ def ablations() -> str:
 
 
 def _ablation(rows: Sequence[Mapping[str, Any]]) -> str:
-    made_by, budget = rows[0]["made_by"], rows[0]["cell"]["budget"]
+    made_by, (task, budget) = rows[-1]["made_by"], (rows[0]["cell"][key] for key in ("task", "budget"))
+    n_seeds = 1 + max(row["cell"]["seed"] for row in rows)
     lines = []
     for choice in dict.fromkeys(row["cell"]["choice"] for row in rows):
         results = [row["result"] for row in rows if row["cell"]["choice"] == choice]
         medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
         scores = [number("val_loss", medians[key]) for key in _KEYS]
         lines.append([choice, f"{len(results)}", *scores, f"{medians['n_refined']:.0f} of {medians['n_trials']:.0f}"])
-    how = f"Medians over seeds, {budget:g} full trainings each, torch {made_by['versions']['torch']}, made by"
-    return f"{how}\n\n    {made_by['command']}\n\n{_table(ABLATION, lines)}"
+    how = (
+        f"Medians over seeds, {budget:g} full trainings each, on {made_by['machine']['processor']}, torch "
+        f"{made_by['versions']['torch']}. All choices there are, on these seeds:"
+    )
+    command = f"python benchmarks/ablations.py --tasks {task} --seeds {n_seeds} --budget {budget:g}"
+    return f"{how}\n\n    {command}\n\n{_table(ABLATION, lines)}"
 
 
 def updated(page: str) -> str:
