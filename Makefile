@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 PEERS := .venv-peers
 PEERS_INSTALLED := $(PEERS)/.installed
 
-.PHONY: help demo test browser soak lint format bench bench-peers clean
+.PHONY: help demo test browser soak lint format bench bench-quick bench-peers clean
 
 help:  ## Say what there is.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -48,6 +48,9 @@ format: $(INSTALLED)  ## Put the style right where that can be done by itself.
 bench: $(INSTALLED)  ## Repeat the committed benchmarks: five seeds of two tasks, about six minutes.
 	$(BIN)/python benchmarks/equal_cost.py --task digits-cleaning --out benchmarks/results/digits_cleaning.json
 	$(BIN)/python benchmarks/equal_cost.py --task digits-l2 --out benchmarks/results/digits_l2.json
+
+bench-quick: $(INSTALLED)  ## Measure speed and memory against their floors; less than five minutes.
+	@$(BIN)/python benchmarks/quick.py
 
 $(PEERS_INSTALLED): pyproject.toml constraints.txt benchmarks/methods/requirements.txt
 	$(PYTHON) -m venv $(PEERS)

@@ -77,7 +77,7 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     if isinstance(tree, Tensor):
         if tree.layout == torch.strided:  # the parts of sparse tensors have passed by, too
             yield tree.untyped_storage()
-    elif isinstance(tree, Mapping):
+    elif isinstance(tree, dict):
         for item in tree.values():
             yield from _storages(item)
     elif isinstance(tree, (tuple, list)):

@@ -63,7 +63,7 @@ class Propagator(Protocol[State]):
         """
 
     def proceed(self, state: State, step: InnerStep, v: Tensors, reach: int) -> State:
-        """What is known at a later step of the same horizon; by default the same."""
+        """What is known at a later step of the same horizon, by default the same; ``state`` may be used up."""
         return state
 
     def propagate(self, state: State, v: Tensors, steps: range) -> Propagated:

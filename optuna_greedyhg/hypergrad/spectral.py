@@ -63,18 +63,19 @@ class Response(NamedTuple):
         return total
 
 
-class Spectrum(NamedTuple):
+@dataclass
+class Spectrum:
     """What spectral propagation knows at one step.
 
     Attributes:
         recipes: The last steps on different batches, whose mean loss has its curvature measured.
         refresh_at: The number of remaining steps at which it is due to be measured again.
-        response: What followed from it.
+        response: What followed from it; ``None`` in a state that another has followed.
     """
 
     recipes: tuple[StepRecipe, ...]
     refresh_at: int
-    response: Response
+    response: Response | None
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,12 @@ class Spectral(Propagator[Spectrum]):
     def proceed(self, state: Spectrum, step: InnerStep, v: Tensors, reach: int) -> Spectrum:
         recipes = self._recipes(state.recipes, step, wait=False)
         if step.remaining > state.refresh_at or reach == 0:
-            return state._replace(recipes=recipes)
+            return replace(state, recipes=recipes)
+        state.response = None  # as large as the weights k times, and not to be held beside the next
         return self._measured(recipes, step, v, reach)
 
     def propagate(self, state: Spectrum, v: Tensors, steps: range) -> Propagated:
+        assert state.response is not None
         root, vectors, _, moment = state.response
         x = _scaled(trees.flatten(v), root)
         components, responses = vectors @ x, state.response.after(steps)

@@ -23,9 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from random import Random
 from typing import ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from optuna_greedyhg.hypergrad import randomness, trees
 from optuna_greedyhg.hypergrad.estimators.base import Estimator, Traits
@@ -143,11 +145,10 @@ class HyperDistill(Estimator[Distilled]):
         # Seeded like training is, without taking a number from it or depending on those that it will take.
         with randomness.restored(recipe.random_state, recipe.products.problem.device):
             seed = int(torch.randint(2**62, ()))
-        chances = torch.rand(horizon, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
-        draws, total = [0], 1.0
+        chances, draws, total = Random(seed), [0], 1.0
         for n in range(1, horizon):
             total += self.gamma**n
-            draws.append(n if chances[n] * total < self.gamma**n else draws[-1])
+            draws.append(n if chances.random() * total < self.gamma**n else draws[-1])
         return tuple(draws)
 
     def _samples(self, memory: Distilled, end: InnerStep) -> Iterable[Sample]:
@@ -165,11 +166,12 @@ class HyperDistill(Estimator[Distilled]):
 
 def fitted(samples: Iterable[Sample], otherwise: float) -> float:
     """θ by least squares over the finite samples; ``otherwise`` where these do not determine it."""
-    sums = [torch.stack([c * trees.dot(u, g), c**2 * trees.dot(u, u)]) for c, u, g in samples]
-    finite = [pair for pair in torch.stack(sums).double().cpu() if bool(pair.isfinite().all())] if sums else []
-    if not finite:
-        return otherwise
-    along, length = torch.stack(finite).sum(dim=0).tolist()
+    total: Tensor | None = None
+    for c, u, g in samples:
+        pair = torch.stack([c * trees.dot(u, g), c**2 * trees.dot(u, u)]).double()
+        pair = torch.where(torch.isfinite(pair).all(), pair, 0.0)  # without a wait
+        total = pair if total is None else total + pair
+    along, length = (0.0, 0.0) if total is None else total.tolist()
     return along / length if length > 0 else otherwise
 
 

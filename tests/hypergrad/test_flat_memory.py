@@ -1,0 +1,33 @@
+"""An online estimator needs as much memory for a thousand steps as for ten."""
+
+import pytest
+
+from optuna_greedyhg.hypergrad.estimators import ESTIMATORS, Reverse, fold
+from optuna_greedyhg.hypergrad.peak_memory import peak_bytes
+from optuna_greedyhg.hypergrad.update_rules import SGD
+from tests.problems import CPU, Case, regression
+
+ONLINE = [name for name, estimator in ESTIMATORS.items() if estimator.traits.online]
+
+
+def peak(estimator, horizon):
+    """Of the first horizon, in which an estimator finds out what it carries on."""
+    case = Case(regression(), SGD(lr=0.01, momentum=0.9))
+    products, alpha, start = case.products(), case.alpha(), case.state_after(1)
+
+    def make_step(before, t, keep_graph):
+        batch = next(products.train_stream)
+        return products.step(before, alpha, batch, keep_graph=keep_graph, remaining=horizon - t)
+
+    return peak_bytes(lambda: fold(estimator, None, alpha, start, horizon, make_step), CPU)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_peak_memory_does_not_grow_with_the_horizon(name):
+    assert peak(ESTIMATORS[name], 1000) <= 1.02 * peak(ESTIMATORS[name], 10)
+
+
+def test_that_of_reverse_mode_grows_by_the_states_of_every_step():
+    ten, hundred = peak(Reverse(), 10), peak(Reverse(), 100)
+    n_bytes = sum(x.nbytes for x in Case(regression(), SGD()).state_after(0).parameters.values())
+    assert hundred - ten > 90 * 2 * n_bytes  # weights and momentum
