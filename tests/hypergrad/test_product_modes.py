@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from optuna_greedyhg.hypergrad.audit import HypergradientAudit
 from optuna_greedyhg.hypergrad.descent import descend
 from optuna_greedyhg.hypergrad.domains import Hyperparameter
-from optuna_greedyhg.hypergrad.estimators import Greedy, Reverse
+from optuna_greedyhg.hypergrad.estimators import Fixed, Greedy, Reverse
 from optuna_greedyhg.hypergrad.peak_memory import peak_bytes
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.product_modes import ProductMode, UnsupportedOperatorError
@@ -234,6 +235,15 @@ class TestChoice:
         )
         assert first.product_mode is None
         assert [step.product_mode for step in others] == [FORWARD, FORWARD]
+
+    def test_an_audit_says_which_and_that_some_need_none(self):
+        case = Case(cubic(ForwardCube), SGD(lr=0.01))
+        audit = HypergradientAudit(
+            case.specimen.problem(), case.hyperparameters, update_rule=case.rule, horizon=3, at_step=0, n_repeats=1
+        )
+        greedy, fixed = audit.run({"greedy": Greedy(), "fixed": Fixed()})
+        assert (greedy.product_mode, fixed.product_mode) == (FORWARD, None)
+        assert (greedy.as_json()["product_mode"], fixed.as_json()["product_mode"]) == ("forward", None)
 
 
 class Attention(nn.Module):

@@ -81,6 +81,7 @@ def test_all_splits_are_recorded_and_the_best_step_is_named() -> None:
     assert attributes["test_loss"] == pytest.approx(trial.value)
     assert trial.intermediate_values[attributes["best_outer_step"]] == trial.value
     assert attributes["stopped"] == "finished"
+    assert attributes["product_mode"] == "reverse"
     assert attributes["estimator"] == "Greedy(gamma=0.9)"
 
 
