@@ -4,7 +4,7 @@ Example weights, full batches of 1000 images, SGD with momentum 0.9; the paper's
 784-256-256-10; T = 10 and 50. Every package runs what it offers on the same weights and data (``methods/``):
 
 - the answer is compared first with that of the same formula in float64, by this package, and with the exact one;
-- the peak of memory is that of a process of its own;
+- the peak of memory is that in a process of the package's own;
 - times are taken in turns; shown is the median of the ratios to T plain training steps.
 
 `make bench-peers` builds an environment with all of the packages. What is not installed, or fails, is reported so.
@@ -19,7 +19,7 @@ import argparse
 import importlib.metadata
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import environment
 import tables
 import torch
 from methods import PACKAGES, ours
-from methods.alone import methods_of, run_alone, use_threads
+from methods.alone import Answer, answers_of, methods_of, use_threads
 from methods.problem import Setting, plain_training
 from step_cost import MODELS, median_ratio, take_turns
 from torch import Tensor
@@ -61,46 +61,53 @@ def main() -> None:
         arguments.out.write_text(json.dumps({**environment.describe(), **described, "rows": rows}, indent=1) + "\n")
 
 
-def measured(setting: Setting, packages: list[str], n_threads: int, repeats: int) -> list[Row]:
-    """One row for each method of each package."""
-    exact = ours.hypergradient(setting, ours.ESTIMATORS["reverse"], torch.float64)()
+def measured(setting: Setting, packages: Sequence[str], n_threads: int, repeats: int) -> list[Row]:
+    """One row for each method of each package, or for a package that does not work at all."""
+    expected = {name: ours.hypergradient(setting, e, torch.float64)() for name, e in ours.ESTIMATORS.items()}
     rows: list[Row] = []
     work: dict[str, Callable[[], object]] = {"training": plain_training(setting)}
     for package in packages:
         try:
-            methods = methods_of(package)
-        except Exception as error:
-            rows.append({**identity(package, "import", setting), "error": f"{type(error).__name__}: {error}"})
+            methods, answers = methods_of(package), answers_of(package, setting, n_threads)
+        except Exception as error:  # of any kind, in other people's code; the row says so
+            rows.append({**identity(package, "any", setting), "error": f"{type(error).__name__}: {error}"})
             continue
         for name, method in methods.items():
-            row = identity(package, name, setting) | {"computes": method.estimator}
+            row = identity(package, name, setting) | {"estimator": method.estimator}
             rows.append(row)
-            try:
-                estimate, peak = run_alone(package, name, setting, n_threads)
-                expected = ours.hypergradient(setting, ours.ESTIMATORS[method.estimator], torch.float64)()
-                row |= judged(estimate.double(), expected, exact) | {"peak_mb": peak / 1e6}
+            if answers[name].estimate is None:
+                row["error"] = answers[name].error
+            else:
+                row |= judged(answers[name], expected[method.estimator], expected["reverse"])
                 work[row["method"]] = method.prepare(setting)
-            except Exception as error:  # of any kind, in other people's code; a row says so
-                row["error"] = str(error)
     times = take_turns(work, repeats)
-    for row in rows:
-        if row["method"] in times:
-            of_this, of_ours = times[row["method"]], times.get(f"ours: {row['computes']}")
-            row["seconds"] = statistics.median(of_this)
-            row["ratio"] = median_ratio(of_this, times["training"])
-            row["to_ours"] = None if of_ours is None else median_ratio(of_this, of_ours)
-    return rows
+    return [row | timed(row, times) for row in rows]
+
+
+def timed(row: Row, times: Mapping[str, list[float]]) -> Row:
+    """Seconds, and the ratios to plain training and to this package's method of the same estimator."""
+    if row["method"] not in times:
+        return {}
+    its, of_ours = times[row["method"]], times.get(f"ours: {row['estimator']}")
+    return {
+        "seconds": statistics.median(its),
+        "ratio": median_ratio(its, times["training"]),
+        "ratio_to_ours": None if of_ours is None else median_ratio(its, of_ours),
+    }
 
 
 def identity(package: str, method: str, setting: Setting) -> Row:
     return {"model": setting.model, "horizon": setting.horizon, "method": f"{package}: {method}"}
 
 
-def judged(estimate: Tensor, expected: Tensor, exact: Tensor) -> Row:
-    """How far an answer is from that of its own formula, relative to its length, and where it points."""
+def judged(answer: Answer, expected: Tensor, exact: Tensor) -> Row:
+    """How far an answer is from that of its own formula, relative to its length, where it points, and its memory."""
+    assert answer.estimate is not None
+    assert answer.peak_bytes is not None
+    estimate = answer.estimate.double()
     error = float((estimate - expected).norm() / expected.norm())
-    cosine = float(torch.nn.functional.cosine_similarity(estimate, exact, dim=0))
-    return {"cosine": cosine, "formula_error": error, "right": error < TOLERANCE}
+    cosine = float(torch.cosine_similarity(estimate, exact, dim=0))
+    return {"cosine": cosine, "formula_error": error, "right": error < TOLERANCE, "peak_mb": answer.peak_bytes / 1e6}
 
 
 def versions() -> Mapping[str, str | None]:

@@ -49,9 +49,9 @@ def _quantity(value: float, quantity: str) -> str:
 
 _PEERS: Columns = {
     "method": lambda row: row["method"],
-    "estimator": lambda row: row.get("computes", ""),
+    "estimator": lambda row: row.get("estimator", ""),
     "time / plain training": _number("ratio", ".2f"),
-    "time / ours": _number("to_ours", ".2f"),
+    "time / ours": _number("ratio_to_ours", ".2f"),
     "seconds": _number("seconds", ".3f"),
     "peak MB": _number("peak_mb", ".0f"),
     "cosine with exact": _number("cosine", ".3f"),

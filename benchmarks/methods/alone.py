@@ -1,9 +1,9 @@
-"""One method in a process of its own: its estimate, and the memory that it takes.
+"""The methods of one package in a process of their own: their estimates, and the memory that they take.
 
-    python -m methods.alone PACKAGE METHOD MODEL HORIZON N_EXAMPLES N_THREADS ESTIMATE.pt
+    python -m methods.alone PACKAGE MODEL HORIZON N_EXAMPLES N_THREADS ANSWERS.pt
 
-prints the peak in bytes. It is what the process holds at most (``VmHWM``) while it does the work a second time, beyond
-what it holds before (``VmRSS``): the first time compiles, and fills caches. Linux only.
+A method's peak is what the process holds at most (``VmHWM``) while it does the work a second time, beyond what it holds
+before (``VmRSS``): the first time compiles, and fills caches. Linux only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +27,21 @@ from methods.problem import Method, Setting
 _BENCHMARKS = Path(__file__).parent.parent
 # Whatever is freed goes back to the system at once, so that what a process holds is what its arrays take.
 _RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+_TIMEOUT = 3600
 
-_TIMEOUT = 900
+
+class Answer(NamedTuple):
+    """What a method gives.
+
+    Attributes:
+        estimate: The hypergradient, shape (n,).
+        peak_bytes: The most memory that it takes.
+        error: Why there is neither.
+    """
+
+    estimate: Tensor | None
+    peak_bytes: int | None
+    error: str | None = None
 
 
 def use_threads(n: int) -> None:
@@ -42,15 +56,15 @@ def methods_of(package: str) -> Mapping[str, Method]:
     return methods
 
 
-def run_alone(package: str, method: str, setting: Setting, n_threads: int) -> tuple[Tensor, int]:
-    """The estimate and the peak of memory in bytes, from a fresh process.
+def answers_of(package: str, setting: Setting, n_threads: int) -> Mapping[str, Answer]:
+    """The answers of all methods of a package, from a fresh process.
 
     Raises:
-        RuntimeError: If it fails, with the last line that it has written, or takes a quarter of an hour.
+        RuntimeError: If the process fails, with the last line that it has written, or takes an hour.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "estimate.pt"
-        what = [package, method, setting.model, setting.horizon, setting.n_examples, n_threads, file]
+        file = Path(folder) / "answers.pt"
+        what = [package, setting.model, setting.horizon, setting.n_examples, n_threads, file]
         command = [sys.executable, "-m", "methods.alone", *map(str, what)]
         environment = {**os.environ, **_RETURN_MEMORY}
         try:
@@ -62,7 +76,16 @@ def run_alone(package: str, method: str, setting: Setting, n_threads: int) -> tu
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"the process ended with {done.returncode}"]
             raise RuntimeError(lines[-1])
-        return torch.load(file), int(done.stdout.splitlines()[-1])
+        return {name: Answer(*answer) for name, answer in torch.load(file).items()}
+
+
+def answer_of(method: Method, setting: Setting) -> Answer:
+    """The answer of one method, in this process."""
+    try:
+        work = method.prepare(setting)
+        return Answer(work(), peak_of(work))
+    except Exception as error:  # of any kind, in other people's code; the benchmark says so
+        return Answer(None, None, f"{type(error).__name__}: {error}")
 
 
 def peak_of(work: Callable[[], object]) -> int:
@@ -81,11 +104,10 @@ def _memory(field: str) -> int:
 
 
 def main() -> None:
-    package, method, model, horizon, n_examples, n_threads, file = sys.argv[1:]
+    package, model, horizon, n_examples, n_threads, file = sys.argv[1:]
     use_threads(int(n_threads))
-    work = methods_of(package)[method].prepare(Setting(model, int(horizon), int(n_examples)))
-    torch.save(work(), file)
-    print(peak_of(work))
+    setting = Setting(model, int(horizon), int(n_examples))
+    torch.save({name: tuple(answer_of(method, setting)) for name, method in methods_of(package).items()}, file)
 
 
 if __name__ == "__main__":

@@ -28,19 +28,21 @@ ESTIMATORS: dict[str, Estimator[Any]] = {
 
 
 def hypergradient(
-    setting: Setting, estimator: Estimator[Any], dtype: torch.dtype = torch.float32
+    setting: Setting, estimator: Estimator[Any], dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Callable[[], Tensor]:
-    """The work of one estimator."""
+    """The work of one estimator; further settings are those of ``BilevelProblem``."""
     train, val = (batch._replace(images=batch.images.to(dtype)) for batch in (setting.train, setting.val))
     problem = BilevelProblem(
         model=setting.net().to(dtype),
-        train_loss=lambda model, alpha, batch: train_loss(model, alpha["logits"], train),
-        val_loss=lambda model, alpha, batch: val_loss(model, val),
+        train_loss=lambda model, alpha, batch: train_loss(model, alpha["logits"], batch),
+        val_loss=lambda model, alpha, batch: val_loss(model, batch),
         train_batches=train,
         val_batches=val,
+        **settings,
     )
     products = Products(problem, {"logits": Unbounded()}, SGD(lr=LR, momentum=MOMENTUM))
-    alpha, horizon = {"logits": torch.zeros(setting.n_examples, dtype=dtype)}, setting.horizon
+    alpha = {"logits": torch.zeros(setting.n_examples, dtype=dtype, device=problem.device)}
+    horizon = setting.horizon
 
     def run() -> Tensor:
         folded = fold(
