@@ -29,7 +29,7 @@ from optuna_greedyhg.hypergrad.devices import as_device
 from optuna_greedyhg.hypergrad.peak_memory import peak_bytes
 
 HORIZON = 10
-PEAKS = (("greedy", HORIZON), ("greedy", 1000), ("reverse", HORIZON), ("reverse", 10 * HORIZON))
+PEAKS = (("greedy", HORIZON), ("greedy", 1000), ("reverse, replayed", HORIZON), ("reverse, replayed", 10 * HORIZON))
 
 
 def main() -> None:

@@ -34,7 +34,10 @@ def main() -> None:
     PAGE.write_text(page, encoding="utf-8")
     panels = figure(_read("growth")["rows"])
     write_png(
-        PICTURE, whole_page("How a hypergradient grows", "", [figure_html("growth", panels, CAPTION, with_plotly=True)])
+        PICTURE,
+        whole_page(
+            "How the cost of a hypergradient grows", "", [figure_html("growth", panels, CAPTION, with_plotly=True)]
+        ),
     )
 
 

@@ -23,7 +23,8 @@ ESTIMATORS: dict[str, Estimator[Any]] = {
     "implicit": Implicit(Neumann(N_TERMS, SCALE)),
     "implicit, no terms": Implicit(Neumann(n_terms=0, scale=1.0)),
     "drmad": DrMAD(),
-    "reverse": Reverse(),
+    "reverse": Reverse(keep_graphs=True),
+    "reverse, replayed": Reverse(),
 }
 
 

@@ -85,6 +85,16 @@ class TestReverse:
         expected = reference.exact(case, case.state_after(4), case.alpha(), 4, 5, SEED)
         assert_agree(fold(Reverse(), case, horizon=5, n_warm=4)[0], expected, rtol=1e-8)
 
+    @pytest.mark.parametrize("specimen", SPECIMENS.values(), ids=SPECIMENS.keys())
+    @EVERY_RULE
+    def test_kept_graphs_give_the_same_and_replay_nothing(self, rule, specimen):
+        case = Case(specimen(), rule)
+        replayed, cost = fold(Reverse(), case, horizon=3, n_warm=2)
+        kept, cost_of_kept = fold(Reverse(keep_graphs=True), case, horizon=3, n_warm=2)
+        assert_agree(kept, replayed, rtol=1e-12)
+        assert 2 * cost_of_kept.n_train_gradients == cost.n_train_gradients
+        assert cost_of_kept.n_products == cost.n_products
+
 
 class TestGreedy:
     @pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])

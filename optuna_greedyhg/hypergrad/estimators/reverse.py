@@ -11,7 +11,6 @@ ICML 2017.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from optuna_greedyhg.hypergrad import trees
 from optuna_greedyhg.hypergrad.estimators.base import Estimator, Traits
@@ -28,17 +27,27 @@ class Reverse(Estimator[tuple[InnerStep, ...]]):
 
     Costs 2T−1 products, one validation gradient, and T more training gradients, because each step is replayed rather
     than its graph kept; memory O(T·P) for the states.
+
+    Args:
+        keep_graphs: Whether to keep the graphs of all steps, and with them all activations, instead of replaying.
     """
 
-    traits: ClassVar[Traits] = Traits(
-        online=False,
-        long_horizon=True,
-        products="2T − 1",
-        val_gradients="1",
-        train_gradients="T",
-        memory="O(P·T + H)",
-        own_hyperparameters=True,
-    )
+    keep_graphs: bool = False
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            online=False,
+            long_horizon=True,
+            products="2T − 1",
+            val_gradients="1",
+            train_gradients="0" if self.keep_graphs else "T",
+            memory="O(P·T + H), T graphs" if self.keep_graphs else "O(P·T + H)",
+            own_hyperparameters=True,
+        )
+
+    def keeps_graph(self, t: int, horizon: int) -> bool:
+        return self.keep_graphs
 
     stackable: ClassVar[bool] = True
 
