@@ -11,6 +11,7 @@ ICML 2017.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from optuna_greedyhg.hypergrad import trees
 from optuna_greedyhg.hypergrad.estimators.base import Estimator, Traits
@@ -33,6 +34,7 @@ class Reverse(Estimator[tuple[InnerStep, ...]]):
     """
 
     keep_graphs: bool = False
+    stackable: ClassVar[bool] = True
 
     @property
     def traits(self) -> Traits:
@@ -48,8 +50,6 @@ class Reverse(Estimator[tuple[InnerStep, ...]]):
 
     def keeps_graph(self, t: int, horizon: int) -> bool:
         return self.keep_graphs
-
-    stackable: ClassVar[bool] = True
 
     def init(self, alpha: Tensors) -> tuple[InnerStep, ...]:
         return ()
