@@ -45,9 +45,9 @@ format: $(INSTALLED)  ## Put the style right where that can be done by itself.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED)  ## Repeat the committed benchmarks: five seeds of two tasks, about six minutes.
-	$(BIN)/python benchmarks/equal_cost.py --task digits-cleaning --out benchmarks/results/digits_cleaning.json
-	$(BIN)/python benchmarks/equal_cost.py --task digits-l2 --out benchmarks/results/digits_l2.json
+bench: $(INSTALLED)  ## Compare with TPE again, on two tasks and five seeds; half an hour.
+	$(BIN)/python benchmarks/compare.py --task digits-cleaning
+	$(BIN)/python benchmarks/compare.py --task digits-l2
 
 bench-quick: $(INSTALLED)  ## Measure speed and memory against their floors; less than five minutes.
 	@$(BIN)/python benchmarks/quick.py

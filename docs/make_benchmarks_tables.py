@@ -1,4 +1,4 @@
-"""Writes the tables of docs/benchmarks.md anew, from the results in benchmarks/results and from nothing else.
+"""Writes the tables of docs/benchmarks.md and of the README anew, from benchmarks/results and from nothing else.
 
 python docs/make_benchmarks_tables.py
 """
@@ -19,7 +19,7 @@ from optuna_greedyhg.tasks import TASKS
 PAGE = Path(__file__).with_name("benchmarks.md")
 RESULTS = PAGE.parent.parent / "benchmarks" / "results"
 REFERENCE = "tpe"
-TABLES = ("summary", "comparisons", "ablations")
+README = PAGE.parent.parent / "README.md"
 SUMMARY = ("task", "method", "test loss", "difference to tpe ± 95%", "seeds won", "p", "tpe's end reached")
 COMPARISON = (
     "method",
@@ -47,13 +47,13 @@ def statistics_in(content: Mapping[str, Any]) -> Statistics:
     return statistics_of([run_from_json(row) for row in content["rows"]], REFERENCE, content["budget"])
 
 
-def summary() -> str:
-    """Every task and every method that refines: the test loss beside TPE's at equal cost."""
+def summary(page: str = "") -> str:
+    """Every task and every method that refines: the test loss beside TPE's at equal cost; sections are of ``page``."""
     lines = []
     for task, content in comparisons().items():
         its = statistics_in(content)
         reference = next(row for row in its.rows if row.name == REFERENCE)
-        lines.append([f"[{task}](#{task})", REFERENCE, number("test_loss", reference.scores["test_loss"].median)])
+        lines.append([f"[{task}]({page}#{task})", REFERENCE, number("test_loss", reference.scores["test_loss"].median)])
         lines[-1] += [""] * (len(SUMMARY) - len(lines[-1]))
         lines += [["", row.name, *_beside(row, its.n_seeds)] for row in its.rows if "+" in row.name]
     return _table(SUMMARY, lines)
@@ -143,13 +143,14 @@ def _ablation(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{how}\n\n    {command}\n\n{_table(ABLATION, lines)}"
 
 
-def updated(page: str) -> str:
-    """The page with what is between each two marks written anew.
+def updated(page: str, tables: Mapping[str, str] | None = None) -> str:
+    """The page with what is between each two marks written anew; by default with all the tables of docs/benchmarks.md.
 
     Raises:
         ValueError: If a mark is missing.
     """
-    for name, text in zip(TABLES, (summary(), comparison_sections(), ablations()), strict=True):
+    tables = tables or {"summary": summary(), "comparisons": comparison_sections(), "ablations": ablations()}
+    for name, text in tables.items():
         begin, end = f"<!-- {name}: written by docs/make_benchmarks_tables.py -->", f"<!-- end of {name} -->"
         before, found, rest = page.partition(begin)
         _, closed, after = rest.partition(end)
@@ -157,6 +158,11 @@ def updated(page: str) -> str:
             raise ValueError(f"The page must have the lines {begin!r} and {end!r}, between which {name} goes.")
         page = f"{before}{begin}\n\n{text}\n\n{end}{after}"
     return page
+
+
+def updated_readme(page: str) -> str:
+    """The README with its one table written anew."""
+    return updated(page, {"summary": summary("docs/benchmarks.md")})
 
 
 def _table(header: Sequence[str], lines: Iterator[list[str]] | list[list[str]]) -> str:
@@ -168,4 +174,5 @@ def _read(path: Path) -> Any:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, write in {PAGE: updated, README: updated_readme}.items():
+        path.write_text(write(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -19,6 +19,8 @@ def script():
 def test_the_tables_are_what_the_results_say(script):
     page = PAGE.read_text(encoding="utf-8")
     assert script["updated"](page) == page, "run python docs/make_benchmarks_tables.py"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert script["updated_readme"](readme) == readme, "run python docs/make_benchmarks_tables.py"
 
 
 def test_every_comparison_has_its_section_with_a_command_that_makes_it(script):
