@@ -5,7 +5,8 @@ of T training steps that begin after 20, 200 and 1000 steps, in float64. Medians
 
     python benchmarks/agreement.py --out benchmarks/results/agreement.json
 
-Finished windows are kept in the file and not audited again. ``--quick`` audits one.
+Finished windows are kept in the file and not audited again. ``--quick`` audits one; ``--page FILE`` writes the tables
+into docs/choosing-an-estimator.md, too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grid
+import tables
 import torch
 
 from optuna_greedyhg.hypergrad.audit import HypergradientAudit
@@ -77,6 +79,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--page", type=Path, default=None)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -88,10 +91,23 @@ def main() -> None:
         for (rule, horizon, batch), start, seed in product(settings, starts, seeds)
     ]
     rows = grid.run(arguments.out, cells, run)
-    for rule, horizon, batch in settings:
-        wanted = {"rule": rule, "horizon": horizon, "batch": batch}
-        print(f"\n{rule}, T = {horizon}, batches of {batch}:\n")
-        print(table([row for row in rows if wanted.items() <= row["cell"].items()], starts))
+    shown = sections(rows)
+    print(shown)
+    if arguments.page is not None:
+        page = arguments.page.read_text(encoding="utf-8")
+        arguments.page.write_text(tables.updated(page, "agreement", shown), encoding="utf-8")
+
+
+def sections(rows: list[grid.Row]) -> str:
+    """A table for every setting, in the order in which they were run."""
+    by_setting: dict[tuple[str, int, int], list[grid.Row]] = {}
+    for row in rows:
+        cell = row["cell"]
+        by_setting.setdefault((cell["rule"], cell["horizon"], cell["batch"]), []).append(row)
+    return "\n\n".join(
+        f"**{rule}, T = {horizon}, batches of {batch}**\n\n{table(its)}"
+        for (rule, horizon, batch), its in by_setting.items()
+    )
 
 
 def run(cell: grid.Cell) -> dict[str, Any]:
@@ -127,8 +143,9 @@ def problem(seed: int, batch: int) -> BilevelProblem:
     )
 
 
-def table(rows: list[grid.Row], starts: tuple[int, ...]) -> str:
+def table(rows: list[grid.Row]) -> str:
     """One line an estimator: cosines by the window's start, and what it costs in all of them."""
+    starts = list(dict.fromkeys(row["cell"]["at_step"] for row in rows))
     lines = []
     for name in ESTIMATORS:
         audited = [(row["cell"]["at_step"], row["result"][name]) for row in rows]

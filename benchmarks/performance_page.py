@@ -30,7 +30,7 @@ Result = dict[str, Any]
 def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
     for name, written in {"peers": peers, "growth": growth}.items():
-        page = updated(page, name, written(_read(name)))
+        page = tables.updated(page, name, written(_read(name)))
     PAGE.write_text(page, encoding="utf-8")
     panels = figure(_read("growth")["rows"])
     write_png(
@@ -57,20 +57,6 @@ def peers(result: Result) -> str:
 def growth(result: Result) -> str:
     """The table of all series, and what it was made with."""
     return f"{tables.growth(result['rows'])}\n\n{_machine(result)}."
-
-
-def updated(page: str, name: str, content: str) -> str:
-    """The page with what is between the marks of this name written anew.
-
-    Raises:
-        ValueError: If a mark is missing.
-    """
-    begin, end = f"<!-- {name}: written by benchmarks/performance_page.py -->", f"<!-- end of {name} -->"
-    before, found, rest = page.partition(begin)
-    _, found_end, after = rest.partition(end)
-    if not found or not found_end:
-        raise ValueError(f"The page must have the lines {begin!r} and {end!r}, between which the tables go.")
-    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
 
 
 def figure(rows: Sequence[Result]) -> go.Figure:

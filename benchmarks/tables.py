@@ -29,6 +29,20 @@ def growth(rows: Sequence[Row]) -> str:
     return markdown(_GROWTH, rows)
 
 
+def updated(page: str, name: str, content: str) -> str:
+    """The page with what is between the marks of this name written anew.
+
+    Raises:
+        ValueError: If a mark is missing.
+    """
+    begin, end = f"<!-- {name}: written by benchmarks -->", f"<!-- end of {name} -->"
+    before, found, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"The page must have the lines {begin!r} and {end!r}, between which the tables go.")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
+
+
 def axis_title(axis: str) -> str:
     return _GROWTH_HEADS[axis]
 

@@ -109,7 +109,7 @@ def compare(
         notes = against_note(statistics), anytime_note(statistics), ranking_note(statistics)
         console.print(*notes, sep="\n", highlight=False, markup=False)
     for run in runs:
-        if run.cost < limit and run.method != DEFAULTS:
+        if not run.has_spent(limit) and run.method != DEFAULTS:
             console.print(f"{run.method}, seed {run.seed}: given up after three failed trials; see the messages above")
     if not all(run.curve for run in runs):
         raise typer.Exit(1)

@@ -56,6 +56,10 @@ class Run:
     counts: Cost
     curve: tuple[Point, ...]
 
+    def has_spent(self, budget: float) -> bool:
+        """Whether it has cost the budget, but for rounding."""
+        return self.cost >= budget * (1 - ROUNDING)
+
     def score(self, name: str) -> float:
         """One of ``SCORES`` at the best that was found within the budget; NaN if there is none."""
         return self.curve[-1].scores.get(name, math.nan) if self.curve else math.nan

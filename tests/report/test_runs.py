@@ -68,6 +68,14 @@ def test_what_is_found_beyond_the_budget_does_not_count():
     assert run_of(study, method="m", seed=0, prices=PRICES, budget=9).curve == ()
 
 
+def test_a_sum_that_rounding_keeps_from_the_budget_has_spent_it():
+    run = Run("m", 0, 100, sum([30101.90453481171] * 100), 0.0, Cost(), ())
+    budget = 100 * 30101.90453481171
+    assert run.cost < budget
+    assert run.has_spent(budget)
+    assert not run.has_spent(1.001 * budget)
+
+
 def test_values_that_are_missing_or_not_finite_are_no_improvement():
     study = study_of(trial(row(None, gradients=10), row(0.5, gradients=20), minute=1), finished(0.1, minute=2))
     (point,) = run_of(study, method="m", seed=0, prices=PRICES, budget=1000).curve
