@@ -43,3 +43,13 @@ def test_every_comparison_has_its_section_with_a_command_that_makes_it(script):
 def test_a_page_without_marks_is_refused(script):
     with pytest.raises(ValueError, match="must have the lines"):
         script["updated"]("# Benchmarks\n")
+
+
+def test_the_tables_of_agreement_are_what_the_results_say(monkeypatch):
+    benchmarks = ROOT / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    script = runpy.run_path(str(benchmarks / "agreement.py"))
+    rows = json.loads((benchmarks / "results" / "agreement.json").read_text(encoding="utf-8"))["rows"]
+    page = (ROOT / "docs" / "choosing-an-estimator.md").read_text(encoding="utf-8")
+    updated = script["tables"].updated(page, "agreement", script["sections"](rows))
+    assert updated == page, "run python benchmarks/agreement.py --out ... --page docs/choosing-an-estimator.md"
