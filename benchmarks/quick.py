@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import json
 
+import optuna
 import step_cost
 import torch
 
@@ -29,6 +30,7 @@ N_SMALL = 20  # images, where a thousand steps are to be followed operation by o
 
 
 def main() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(THREADS)
     result = {}
     for model, repeats in REPEATS.items():
