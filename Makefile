@@ -22,7 +22,7 @@ demo: $(INSTALLED)  ## Compare defaults, TPE and TPE + greedy on digits with cor
 	$(BIN)/greedyhg demo --artifacts greedyhg-artifacts
 
 test: $(INSTALLED)  ## Run the tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 # Its exit status says whether there is one.
 FIND_BROWSER := $(BIN)/python -c 'from optuna_greedyhg.report.browser import find_browser; exit(find_browser() is None)'

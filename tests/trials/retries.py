@@ -153,14 +153,23 @@ def die(path: Path, folder: Path, outer_step: int, settings: dict[str, Any]) -> 
 
 
 def find_dead_and_go_on(path: Path, folder: Path, settings: dict[str, Any]) -> None:
-    """A process that works until a trial is complete, and begins none of its own."""
+    """A process that works until a trial is complete, and refines none of its own.
+
+    Where another took the waiting trial in the meantime, Optuna begins a new one, which is pruned at once.
+    """
     torch.set_num_threads(1)
     store, study = FileSystemArtifactStore(folder), study_on(open_storage(path))
+
+    def objective(trial: Trial) -> float:
+        if RetryHeartbeatStaleTrialCallback.retried_trial_number(study.trials[trial.number]) is None:
+            raise optuna.TrialPruned
+        return refine(trial, artifact_store=store, **settings)
+
     while not study.get_trials(states=[TrialState.COMPLETE]):
         optuna.storages.fail_stale_trials(study)
         time.sleep(0.2)
         if study.get_trials(states=[TrialState.WAITING]):
-            study.optimize(lambda trial: refine(trial, artifact_store=store, **settings), n_trials=1)
+            study.optimize(objective, n_trials=1)
 
 
 def requeue(study: optuna.Study, **options: Any) -> None:
