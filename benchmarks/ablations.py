@@ -24,22 +24,16 @@ import grid
 import optuna
 import torch
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
-from optuna.trial import BaseTrial
-from torch import Tensor
 
 from optuna_greedyhg.hypergrad.cost import Prices
-from optuna_greedyhg.hypergrad.domains import Domain
-from optuna_greedyhg.hypergrad.episodes import Problem
 from optuna_greedyhg.hypergrad.estimators import Estimator, Greedy
 from optuna_greedyhg.hypergrad.spectral import Spectral
-from optuna_greedyhg.hypergrad.update_rules import UpdateRule
 from optuna_greedyhg.report.anytime import mean_along_the_way
 from optuna_greedyhg.report.runs import run_of
-from optuna_greedyhg.tasks import Task, make_task
+from optuna_greedyhg.tasks import make_task
 from optuna_greedyhg.tasks.comparison import full_training
 from optuna_greedyhg.tasks.methods import Method
 from optuna_greedyhg.tasks.spending import spend
-from optuna_greedyhg.trials.alpha import Alpha
 from optuna_greedyhg.trials.credit import Credit
 from optuna_greedyhg.trials.policies import Always, Fraction, Never, Promising
 from optuna_greedyhg.trials.sampler import GreedyHGSampler
@@ -55,20 +49,18 @@ class Choice:
     Attributes:
         estimator: The hypergradient's.
         settings: Fields of the task's ``Settings`` that are otherwise.
-        outer_lr_factor: By which the task's is multiplied.
+        factors: By which fields of the task's ``Settings`` are multiplied.
         horizon: Number of training steps in an outer step, of as many as the task makes in all; ``None`` is its own.
         credit: What TPE learns from.
         pruner: Of the study.
-        inherits: Whether tensors start where the best trial so far has ended.
     """
 
     estimator: Estimator[Any] = Greedy()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    outer_lr_factor: float = 1.0
+    factors: Mapping[str, float] = field(default_factory=dict)
     horizon: int | None = None
     credit: Credit = "refined"
     pruner: BasePruner = field(default_factory=MedianPruner)
-    inherits: bool = False
 
 
 CHOICES: dict[str, Choice] = {
@@ -77,7 +69,12 @@ CHOICES: dict[str, Choice] = {
     "terminal": Choice(Greedy(terminal=True)),
     **{f"rank {rank}": Choice(Greedy(propagator=Spectral(rank=rank))) for rank in (2, 5, 10)},
     **{f"horizon {horizon}": Choice(horizon=horizon) for horizon in (5, 20)},
-    **{f"outer lr ×{factor:g}": Choice(outer_lr_factor=factor) for factor in (0.1, 0.3, 3.0)},
+    **{f"outer lr ×{factor:g}": Choice(factors={"outer_lr": factor}) for factor in (0.1, 0.3, 3.0)},
+    "outer lr ×0.3, steps ×2": Choice(factors={"outer_lr": 0.3, "n_outer_steps": 2}),
+    "outer lr ×0.3, steps ×2, evaluations ×½": Choice(
+        factors={"outer_lr": 0.3, "n_outer_steps": 2, "evaluate_every": 2}
+    ),
+    "evaluations ×½": Choice(factors={"evaluate_every": 2}),
     "decay 0.93": Choice(settings={"outer_decay": 0.93}),
     **{f"radius {radius:g}": Choice(settings={"trust_radius": radius}) for radius in (0.1, 1.0)},
     "no radius": Choice(settings={"trust_radius": None}),
@@ -90,7 +87,8 @@ CHOICES: dict[str, Choice] = {
     "credit to seeds": Choice(credit="seed"),
     "no pruner": Choice(pruner=NopPruner()),
     "hyperband": Choice(pruner=HyperbandPruner(min_resource=5, max_resource=50)),
-    "inherits tensors": Choice(inherits=True),
+    "inherits tensors": Choice(settings={"inherit": True}),
+    "fresh tensors": Choice(settings={"inherit": False}),
 }
 
 
@@ -120,29 +118,11 @@ def main() -> None:
         print(table([row for row in rows if row["cell"]["task"] == task]))
 
 
-class _Inheriting:
-    """A task whose tensors start where the best trial so far has ended."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._task, name)
-
-    def define(self, trial: BaseTrial, alpha: Alpha) -> tuple[Problem, UpdateRule]:
-        declare = alpha.tensor
-
-        def tensor(name: str, init: Tensor, domain: Domain | None = None) -> Tensor:
-            return declare(name, init, domain, inherit=True)
-
-        alpha.tensor = tensor
-        return self._task.define(trial, alpha)
-
-
 def run(cell: grid.Cell) -> dict[str, Any]:
     choice, task = CHOICES[cell["choice"]], make_task(cell["task"], seed=cell["seed"])
-    outer_lr = task.settings.outer_lr * choice.outer_lr_factor
-    settings = replace(task.settings, outer_lr=outer_lr, **choice.settings)
+    numbers = {name: getattr(task.settings, name) for name in choice.factors}
+    scaled = {name: type(number)(number * choice.factors[name]) for name, number in numbers.items()}
+    settings = replace(task.settings, **scaled, **choice.settings)
     if choice.horizon is not None:
         n_steps = settings.horizon * settings.n_outer_steps
         settings = replace(settings, horizon=choice.horizon, n_outer_steps=n_steps // choice.horizon)
@@ -152,12 +132,12 @@ def run(cell: grid.Cell) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         spend(
             study,
-            _Inheriting(task) if choice.inherits else task,
+            task,
             Method(cell["choice"], "tpe", choice.estimator),
             budget=budget,
             prices=Prices(),
             settings=settings,
-            artifact_store=optuna.artifacts.FileSystemArtifactStore(folder) if choice.inherits else None,
+            artifact_store=optuna.artifacts.FileSystemArtifactStore(folder),
         )
     its = run_of(study, method=cell["choice"], seed=cell["seed"], prices=Prices(), budget=budget)
     return {

@@ -22,6 +22,7 @@ from typing import Any
 import environment
 import optuna
 import torch
+from optuna.artifacts import FileSystemArtifactStore
 
 from optuna_greedyhg.cli import main as greedyhg
 from optuna_greedyhg.hypergrad.cost import Prices
@@ -42,6 +43,9 @@ def main() -> None:
     parser.add_argument("--budget", default="100", help="in full trainings")
     parser.add_argument("--seeds", default="5")
     parser.add_argument("--storage", default="sqlite:///compare.db")
+    parser.add_argument(
+        "--artifacts", type=Path, default=Path("greedyhg-artifacts"), help="folder for what trials inherit"
+    )
     parser.add_argument("--renew", help="methods, with commas, to run again for the file that there is")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
@@ -50,12 +54,16 @@ def main() -> None:
         run(arguments, path)
     else:
         content = json.loads(path.read_text(encoding="utf-8"))
-        write_whole(path, json.dumps(renewed(content, arguments.renew.split(","), arguments.storage), indent=1) + "\n")
+        arguments.artifacts.mkdir(parents=True, exist_ok=True)
+        store = FileSystemArtifactStore(arguments.artifacts)
+        new = renewed(content, arguments.renew.split(","), arguments.storage, store)
+        write_whole(path, json.dumps(new, indent=1) + "\n")
 
 
 def run(arguments: argparse.Namespace, path: Path) -> None:
     """All methods, into a new file."""
-    options = {name: getattr(arguments, name) for name in ("task", "methods", "budget", "seeds", "storage")}
+    names = ("task", "methods", "budget", "seeds", "storage", "artifacts")
+    options = {name: str(getattr(arguments, name)) for name in names}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     try:
         greedyhg(["compare", *words, "--device", "cpu", "--json", str(path)])
@@ -66,7 +74,7 @@ def run(arguments: argparse.Namespace, path: Path) -> None:
     write_whole(path, json.dumps({**environment.describe(), **found}, indent=1) + "\n")
 
 
-def renewed(content: dict[str, Any], names: list[str], storage: str) -> dict[str, Any]:
+def renewed(content: dict[str, Any], names: list[str], storage: str, store: FileSystemArtifactStore) -> dict[str, Any]:
     """The content of a file with the rows of some methods made anew, on its seeds, prices and budget."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
@@ -78,6 +86,7 @@ def renewed(content: dict[str, Any], names: list[str], storage: str) -> dict[str
         budget=content["budget"],
         yardstick=Yardstick(content["full_training"], Prices(**content["prices"])),
         device=torch.device("cpu"),
+        artifact_store=store,
         on_step=lambda method, share, trial, step: print(f"\r{method} {share:.1%}", end="", flush=True),
     )
     made = {(its.method, its.seed): its.as_json() for its in runs}

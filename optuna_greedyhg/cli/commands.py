@@ -15,7 +15,6 @@ from typing import Annotated, Any, NoReturn
 import optuna
 import torch
 import typer
-from optuna.artifacts import FileSystemArtifactStore
 from optuna.storages import BaseStorage
 from optuna.trial import BaseTrial, Trial, TrialState
 from rich.console import Console
@@ -24,6 +23,7 @@ from optuna_greedyhg.cli.audit import audit
 from optuna_greedyhg.cli.compare import compare
 from optuna_greedyhg.cli.console import StudyProgress, summary_table
 from optuna_greedyhg.cli.options import (
+    Artifacts,
     Data,
     Device,
     DeviceName,
@@ -32,6 +32,7 @@ from optuna_greedyhg.cli.options import (
     Seed,
     TaskOption,
     load_task,
+    open_artifacts,
     require_folder,
     require_writable,
     write_json,
@@ -70,9 +71,6 @@ _ESTIMATOR_NAMES = {name.replace("-", "_").upper(): name for name in (*ESTIMATOR
 EstimatorName = StrEnum("EstimatorName", _ESTIMATOR_NAMES)  # type: ignore[misc]
 
 
-Artifacts = Annotated[Path | None, typer.Option(help="Folder that keeps the refined tensors, and pictures.")]
-
-
 @app.command()
 def demo(
     storage: Annotated[str, typer.Option(help="URL of the storage.")] = "sqlite:///greedyhg.db",
@@ -91,7 +89,7 @@ def demo(
     with optuna_silenced(), storage_errors(storage):
         opened = open_storage(storage)
         prefix = _unused_prefix(opened, f"demo-{DigitsCleaning.name}")
-    store = _open_artifacts(artifacts)
+    store = open_artifacts(artifacts)
     # Its matrices are so small that a second thread costs more than it brings, much more on a busy machine.
     torch.set_num_threads(1)
     task = DigitsCleaning(seed)
@@ -163,7 +161,7 @@ def run(
         identity["n_training_steps"] = settings.horizon * settings.n_outer_steps
     with optuna_silenced(), storage_errors(storage):
         study = _open_study(open_storage(storage), study_name, sampler, identity)
-    store = _open_artifacts(artifacts)
+    store = open_artifacts(artifacts)
     n_before = len(study.get_trials(deepcopy=False))
     if n_before > 0:
         console.print(f"Carrying on the study {study.study_name}, which has {n_before} trials.", highlight=False)
@@ -256,13 +254,6 @@ def _open_study(
         return open_study(storage, study_name, SAMPLERS[sampler], identity, identity["task_seed"])
     except OtherStudyError as error:
         raise typer.BadParameter(str(error), param_hint="--study-name") from error
-
-
-def _open_artifacts(folder: Path | None) -> FileSystemArtifactStore | None:
-    if folder is None:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileSystemArtifactStore(folder)
 
 
 def _unused_prefix(storage: BaseStorage, stem: str) -> str:

@@ -20,6 +20,7 @@ from optuna_greedyhg.cli.options import (
     Quiet,
     TaskOption,
     load_task,
+    open_artifacts,
     require_folder,
     require_writable,
     write_json,
@@ -49,6 +50,9 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder for the page, and for a picture of it.")] = None,
     device: Device = DeviceName.AUTO,
     data: Data = None,
+    artifacts: Annotated[
+        Path, typer.Option(help="Folder for refined tensors, which later trials of some tasks start from.")
+    ] = Path("greedyhg-artifacts"),
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
@@ -60,6 +64,7 @@ def compare(
         raise typer.BadParameter(f"a run needs at least one full training, but got {budget}", param_hint="--budget")
     require_writable(json_file, "--json")
     require_folder(out, "--out")
+    require_folder(artifacts, "--artifacts")
     target = device.make()
 
     def make(seed: int) -> Task:
@@ -85,6 +90,7 @@ def compare(
                 budget=limit,
                 yardstick=yardstick,
                 device=target,
+                artifact_store=open_artifacts(artifacts if first.settings.inherit else None),
                 on_step=progress.update,
             )
         except OtherStudyError as error:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from optuna.artifacts import FileSystemArtifactStore
 
 from optuna_greedyhg.hypergrad.devices import as_device
 from optuna_greedyhg.report.files import write_whole
@@ -37,6 +38,7 @@ Data = Annotated[Path | None, typer.Option(help="Folder with the task's data fil
 Device = Annotated[DeviceName, typer.Option(help="Where to compute.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seeds data, weights and samplers.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Artifacts = Annotated[Path | None, typer.Option(help="Folder that keeps the refined tensors, and pictures.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file, for machines.")]
 
 
@@ -65,6 +67,14 @@ def require_folder(folder: Path | None, option: str) -> None:
         raise typer.BadParameter(
             f"cannot make the folder {folder}: {present} is not a writable folder", param_hint=option
         )
+
+
+def open_artifacts(folder: Path | None) -> FileSystemArtifactStore | None:
+    """A store in this folder, which is made where it is missing."""
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileSystemArtifactStore(folder)
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:

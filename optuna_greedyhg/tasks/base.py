@@ -34,6 +34,8 @@ class Settings:
         outer_decay: What it is multiplied with after every outer step.
         trust_radius: How far a coordinate may go from its seed; ``None`` is as far as it likes.
         policy: Which trials are refined.
+        inherit: Whether tensors start where the best trial of the study has ended, where there is a store of artifacts;
+            not for those whose start the sampler draws.
     """
 
     horizon: int
@@ -46,6 +48,7 @@ class Settings:
     patience: int | None = None
     rebase: bool = True
     policy: Policy = Always()
+    inherit: bool = False
 
     @property
     def outer_optimizer(self) -> OuterOptimizer:
@@ -88,7 +91,7 @@ def make_objective(
         task: The task.
         estimator: The hypergradient's estimator; ``None`` makes a trial that evaluates its seed.
         settings: Instead of the task's own.
-        artifact_store: Keeps the tensors of α.
+        artifact_store: Keeps the tensors of α; without it none are inherited.
         callbacks: Called after every outer step.
     """
     chosen = settings or task.settings
@@ -98,7 +101,8 @@ def make_objective(
             if step.evaluation is step.best:
                 records.write(trial, task.diagnose(step.best.values))
 
-        alpha = Alpha(trial, artifact_store=artifact_store)
+        inherit = chosen.inherit and artifact_store is not None
+        alpha = Alpha(trial, artifact_store=artifact_store, inherit=inherit)
         problem, update_rule = task.define(trial, alpha)
         return refine(
             trial,

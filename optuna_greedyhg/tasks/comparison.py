@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import optuna
@@ -127,6 +127,7 @@ def compare(
     yardstick: Yardstick,
     device: torch.device,
     settings: Settings | None = None,
+    artifact_store: ArtifactStore | None = None,
     on_step: OnStep | None = None,
 ) -> list[Run]:
     """Runs every method on every seed until it has cost the budget, or carries it on until then.
@@ -143,6 +144,7 @@ def compare(
         yardstick: What the other passes cost; it is recorded in every study.
         device: That of the task.
         settings: Instead of the task's own.
+        artifact_store: Keeps refined tensors. A run that is carried on finds there what its trials may inherit.
         on_step: Called after every outer step, with the method, the share of its runs that is done, the trial and the
             step.
 
@@ -151,6 +153,7 @@ def compare(
     """
     first = make_task(seeds[0])
     settings = settings or first.settings
+    settings = replace(settings, inherit=settings.inherit and artifact_store is not None)
     runs = [(seed, method) for seed in seeds for method in methods]
     names = {(seed, method): study_name(first.name, method.name, seed) for seed, method in runs}
     identities = {
@@ -169,7 +172,16 @@ def compare(
             study.set_user_attr(_PRICES, yardstick.as_json())
             shown = _shown(on_step, method.name, k, len(seeds))
             prices = yardstick.prices
-            spend(study, task, method, budget=budget, prices=prices, settings=settings, on_spent=shown)
+            spend(
+                study,
+                task,
+                method,
+                budget=budget,
+                prices=prices,
+                settings=settings,
+                artifact_store=artifact_store,
+                on_spent=shown,
+            )
             done.append(run_of(study, method=method.name, seed=seed, prices=prices, budget=budget))
     return done
 

@@ -58,12 +58,13 @@ class DigitsCleaning:
     summary: ClassVar[str] = "scikit-learn digits, half of the labels corrupted: 300 example weights, lr, weight decay"
     settings: ClassVar[Settings] = Settings(
         horizon=10,
-        n_outer_steps=50,
-        outer_lr=0.3,
+        n_outer_steps=100,
+        outer_lr=0.1,
         evaluate=Retrain(500),
-        evaluate_every=10,
+        evaluate_every=20,
         patience=2,
         policy=Promising(0.3),
+        inherit=True,
     )
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 0.1, "weight_decay": 1e-4}
     diagnostics: ClassVar[tuple[str, ...]] = cleaning.DIAGNOSTICS

@@ -37,10 +37,10 @@ class DigitsAugment:
     summary: ClassVar[str] = "scikit-learn digits, 100 training images: fifteen magnitudes of augmentation"
     settings: ClassVar[Settings] = Settings(
         horizon=10,
-        n_outer_steps=30,
-        outer_lr=0.3,
+        n_outer_steps=60,
+        outer_lr=0.1,
         evaluate=Retrain(200),
-        evaluate_every=5,
+        evaluate_every=10,
         patience=2,
         policy=Promising(0.3),
     )

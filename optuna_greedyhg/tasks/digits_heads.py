@@ -42,10 +42,10 @@ class DigitsHeads:
     summary: ClassVar[str] = "scikit-learn digits: weights of four auxiliary heads, lr, weight decay"
     settings: ClassVar[Settings] = Settings(
         horizon=10,
-        n_outer_steps=30,
-        outer_lr=0.3,
+        n_outer_steps=60,
+        outer_lr=0.1,
         evaluate=Retrain(300),
-        evaluate_every=5,
+        evaluate_every=10,
         patience=2,
         policy=Promising(0.3),
     )

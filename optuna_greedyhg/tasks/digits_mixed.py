@@ -38,10 +38,10 @@ class DigitsMixed:
     summary: ClassVar[str] = "scikit-learn digits: shape of a network black-box; lr, decay, smoothing, noise refined"
     settings: ClassVar[Settings] = Settings(
         horizon=10,
-        n_outer_steps=30,
-        outer_lr=0.3,
+        n_outer_steps=60,
+        outer_lr=0.1,
         evaluate=Retrain(300),
-        evaluate_every=5,
+        evaluate_every=10,
         patience=2,
         policy=Promising(0.3),
     )

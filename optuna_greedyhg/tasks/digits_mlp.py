@@ -57,10 +57,10 @@ class DigitsMLP:
     summary: ClassVar[str] = "scikit-learn digits, a network of three layers: ten scalars, from lr to label smoothing"
     settings: ClassVar[Settings] = Settings(
         horizon=10,
-        n_outer_steps=30,
-        outer_lr=0.3,
+        n_outer_steps=60,
+        outer_lr=0.1,
         evaluate=Retrain(300),
-        evaluate_every=5,
+        evaluate_every=10,
         patience=2,
         policy=Promising(0.3),
     )

@@ -46,11 +46,13 @@ class Alpha:
     Args:
         trial: A running trial, or a :class:`~optuna.trial.FixedTrial`.
         artifact_store: Where :func:`refine` keeps the tensors of trials, and where others inherit them from.
+        inherit: Whether tensors are inherited that do not say so themselves; see :meth:`tensor`.
     """
 
-    def __init__(self, trial: BaseTrial, *, artifact_store: ArtifactStore | None = None) -> None:
+    def __init__(self, trial: BaseTrial, *, artifact_store: ArtifactStore | None = None, inherit: bool = False) -> None:
         self._trial = trial
         self._artifact_store = artifact_store
+        self._inherit = inherit
         self._hyperparameters: dict[str, Hyperparameter] = {}
         self._distributions: dict[str, FloatDistribution] = {}
         self._uncommitted: dict[str, float] = {}  # values of seeded names that are not the trial's parameters yet
@@ -123,7 +125,7 @@ class Alpha:
         self._require_unrefined(name)
         return cast(Choice, self._trial.suggest_categorical(name, choices))
 
-    def tensor(self, name: str, init: Tensor, domain: Domain | None = None, *, inherit: bool = False) -> Tensor:
+    def tensor(self, name: str, init: Tensor, domain: Domain | None = None, *, inherit: bool | None = None) -> Tensor:
         """Declares a refinable tensor of any shape, and returns the value it starts from.
 
         Args:
@@ -132,7 +134,8 @@ class Alpha:
             domain: Where its entries may live; all real numbers by default.
             inherit: Start from what the best complete trial of the study has refined it to, and from ``init`` only
                 while there is no such trial, or, with a warning in the log, if its tensor is lost or does not fit. The
-                trial that it is from is recorded as ``inherited_from``.
+                trial that it is from is recorded as ``inherited_from``. ``None`` is what the ``Alpha`` was made with.
+                Wrong for an ``init`` that depends on what the sampler draws, which it would put aside.
 
         Raises:
             TypeError: If ``init`` is not a floating point tensor.
@@ -141,7 +144,7 @@ class Alpha:
         """
         self._require_free(name)
         start = Hyperparameter(init, domain or Unbounded())
-        if inherit:
+        if self._inherit if inherit is None else inherit:
             start = self._inherited(name, start)
         self._hyperparameters[name] = start
         return start.init

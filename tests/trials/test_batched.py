@@ -376,7 +376,7 @@ class Undeclared(ghg.Alpha):
     def suggest_float(self, name: str, low: float, high: float, *, step: Any = None, log: bool = False) -> float:
         return low
 
-    def tensor(self, name: str, init: Tensor, domain: Any = None, *, inherit: bool = False) -> Tensor:
+    def tensor(self, name: str, init: Tensor, domain: Any = None, *, inherit: bool | None = None) -> Tensor:
         return init
 
 
