@@ -1,7 +1,8 @@
 """A grid of runs that can be stopped and resumed: each finished run is a row of one JSON file, written at once.
 
 A row is ``{"cell": {...}, "result": {...}, "seconds": ..., "made_by": {...}}``. The cell (method, seed, sizes, whatever
-decides the result) is the row's identity: a cell that has its row is not run again.
+decides the result) is the row's identity: a cell that has its row is not run again. Several processes may fill one
+file, each with cells of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import environment
+from filelock import FileLock
 from scipy.stats import t as student_t
 
 from optuna_greedyhg.report.files import write_whole
@@ -31,20 +33,33 @@ def run(path: Path | None, cells: Iterable[Cell], run_cell: Callable[[Cell], dic
         cells: What to run.
         run_cell: Gives a run's result, numbers by name.
     """
-    rows: list[Row] = json.loads(path.read_text())["rows"] if path is not None and path.exists() else []
-    wanted = list(cells)
+    rows, wanted = _rows_in(path), list(cells)
     for i, cell in enumerate(wanted, start=1):
         if any(row["cell"] == cell for row in rows):
             continue
         start = time.perf_counter()
         result = run_cell(cell)
         seconds = round(time.perf_counter() - start, 1)
-        rows.append({"cell": cell, "result": result, "seconds": seconds, "made_by": environment.describe()})
+        rows = _added(
+            path, rows, {"cell": cell, "result": result, "seconds": seconds, "made_by": environment.describe()}
+        )
         shown = ", ".join(f"{k} {v:.4g}" for k, v in result.items() if isinstance(v, float))
         print(f"{i}/{len(wanted)} {' '.join(map(str, cell.values()))}: {shown} ({seconds:.0f} s)", flush=True)
-        if path is not None:
-            write_whole(path, json.dumps({"rows": rows}, indent=1) + "\n")
     return [row for cell in wanted for row in rows if row["cell"] == cell]
+
+
+def _rows_in(path: Path | None) -> list[Row]:
+    return json.loads(path.read_text())["rows"] if path is not None and path.exists() else []
+
+
+def _added(path: Path | None, rows: list[Row], row: Row) -> list[Row]:
+    """All rows, those that other processes have written to the file meanwhile among them."""
+    if path is None:
+        return [*rows, row]
+    with FileLock(path.with_suffix(".lock")):
+        rows = [*_rows_in(path), row]
+        write_whole(path, json.dumps({"rows": rows}, indent=1) + "\n")
+    return rows
 
 
 def interval(values: list[float]) -> tuple[float, float]:
