@@ -47,6 +47,7 @@ def signature_of(
     return {
         "torch": torch.__version__.partition("+")[0],
         "device": first.device.type,
+        "product mode": str(first.product_mode),
         "estimator": _without_addresses(estimator),
         "update_rule": _without_addresses(update_rule),
         **{name: _without_addresses(value) for name, value in settings.items()},

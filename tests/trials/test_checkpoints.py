@@ -346,6 +346,7 @@ class TestSignature:
             ({"hyperparameters": {"c": torch.zeros(3)}}, {"hyperparameters", "hyperparameters' initial values"}),
             ({"domain": ghg.Interval(-9.0, 9.0)}, {"hyperparameters"}),
             ({"update_rule": ghg.SGD(lr=0.1, momentum=0.9)}, {"update_rule"}),
+            ({"product_mode": ghg.ProductMode.FORWARD}, {"product mode"}),
             ({"initial": [1.0, 2.0]}, {"model's initial state"}),
             ({"initial": [1.0, 2.0], "evaluate": "online"}, set()),
             ({"initial": [1.0, 2.0], "evaluate": "online", "restart": True}, {"model's initial state"}),
@@ -373,8 +374,9 @@ class TestSignature:
         tensors = changed.pop("hyperparameters", {"c": torch.tensor([2.0, 1.0])})
         domain, rule = changed.pop("domain", ghg.Unbounded()), changed.pop("update_rule", ghg.SGD(lr=0.1))
         hyperparameters = {name: ghg.Hyperparameter(x, domain) for name, x in tensors.items()}
+        problem = problems.make_problem(model=model, product_mode=changed.pop("product_mode", None))
         options = ghg.DescentOptions(**changed)
-        return signatures.signature_of(problems.make_problem(model=model), hyperparameters, rule, ghg.Greedy(), options)
+        return signatures.signature_of(problem, hyperparameters, rule, ghg.Greedy(), options)
 
 
 class TestWhatTheStudySees:
