@@ -28,10 +28,7 @@ Result = dict[str, Any]
 
 
 def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    for name, written in {"peers": peers, "growth": growth}.items():
-        page = tables.updated(page, name, written(_read(name)))
-    PAGE.write_text(page, encoding="utf-8")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     panels = figure(_read("growth")["rows"])
     write_png(
         PICTURE,
@@ -42,6 +39,14 @@ def main() -> None:
 
 
 CAPTION = "Points are measured, lines are fitted: a + b·x, or flat. Both axes are logarithmic."
+
+
+def updated(page: str) -> str:
+    """The page with the tables of all results that there are written anew."""
+    for name, written in {"peers": peers, "growth": growth}.items():
+        if (RESULTS / f"{name}.json").exists():
+            page = tables.updated(page, name, written(_read(name)))
+    return page
 
 
 def peers(result: Result) -> str:

@@ -45,6 +45,16 @@ def test_a_page_without_marks_is_refused(script):
         script["updated"]("# Benchmarks\n")
 
 
+@pytest.mark.parametrize(
+    ("script", "page"), [("papers_page.py", "paper-experiments.md"), ("performance_page.py", "performance.md")]
+)
+def test_the_tables_of_a_page_are_what_the_results_say(script, page, monkeypatch):
+    benchmarks = ROOT / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    written = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert runpy.run_path(str(benchmarks / script))["updated"](written) == written, f"run python benchmarks/{script}"
+
+
 def test_the_tables_of_agreement_are_what_the_results_say(monkeypatch):
     benchmarks = ROOT / "benchmarks"
     monkeypatch.syspath_prepend(str(benchmarks))
