@@ -70,11 +70,11 @@ CHOICES: dict[str, Choice] = {
     **{f"rank {rank}": Choice(Greedy(propagator=Spectral(rank=rank))) for rank in (2, 5, 10)},
     **{f"horizon {horizon}": Choice(horizon=horizon) for horizon in (5, 20)},
     **{f"outer lr ×{factor:g}": Choice(factors={"outer_lr": factor}) for factor in (0.1, 0.3, 3.0)},
-    "outer lr ×0.3, steps ×2": Choice(factors={"outer_lr": 0.3, "n_outer_steps": 2}),
-    "outer lr ×0.3, steps ×2, evaluations ×½": Choice(
-        factors={"outer_lr": 0.3, "n_outer_steps": 2, "evaluate_every": 2}
+    "steps ×½": Choice(factors={"n_outer_steps": 0.5}),
+    "evaluations ×2": Choice(factors={"evaluate_every": 0.5}),
+    "outer lr ×3, steps ×½, evaluations ×2": Choice(
+        factors={"outer_lr": 3, "n_outer_steps": 0.5, "evaluate_every": 0.5}
     ),
-    "evaluations ×½": Choice(factors={"evaluate_every": 2}),
     "decay 0.93": Choice(settings={"outer_decay": 0.93}),
     **{f"radius {radius:g}": Choice(settings={"trust_radius": radius}) for radius in (0.1, 1.0)},
     "no radius": Choice(settings={"trust_radius": None}),
