@@ -14,9 +14,12 @@ import optuna_greedyhg
 
 
 def describe() -> dict[str, object]:
-    """The command, the versions and the machine of this process."""
+    """The command, as given in the repository's root, the versions and the machine of this process."""
+    program, *arguments = sys.argv
+    path, root = Path(program).resolve(), Path(__file__).resolve().parent.parent
+    shown = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", shown, *arguments]),
         "versions": {
             "optuna_greedyhg": optuna_greedyhg.__version__,
             "python": platform.python_version(),
