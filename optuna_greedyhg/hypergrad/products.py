@@ -101,6 +101,7 @@ class Products:
         self.val_stream: Stream = problem.val_stream()
         self.cost = Cost()
         self.mode = ModeInUse(problem.product_mode)
+        self.convolves = True  # until the loss has shown that it does not: to look for convolutions takes time
         self._domains = dict(domains)
 
     @property
@@ -271,14 +272,17 @@ class StepRecipe:
         # The fused kernels of scaled dot-product attention have no second derivative; the plain one has.
         attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
         demand = Demand()
-        lean = create_graph and not self.products.problem.vectorized
-        convolutions = LeanConvolutions(demand) if lean else nullcontext()
-        with torch.enable_grad(), attention, convolutions:
-            w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
-            values = self.products.values(z)
-            loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)
+        lean = create_graph and not self.products.problem.vectorized and self.products.convolves
+        convolutions = LeanConvolutions(demand) if lean else None
+        w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
+        values = self.products.values(z)
+        with torch.enable_grad(), attention:
+            with convolutions or nullcontext():
+                loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)
             _require_gradient(loss, "train_loss")
             (gradient,) = _grad([loss], [w], [torch.ones_like(loss)], create_graph=create_graph)
+        if convolutions is not None:
+            self.products.convolves = convolutions.found
         self.products.cost.n_train_gradients += self.products.problem.n_examples(self.batch)
         return _Graph(gradient, buffers, w, z, tuple(name for name in z if name in values.used), demand)
 

@@ -3,6 +3,7 @@ from itertools import chain, combinations, product
 
 import pytest
 import torch
+from torch import nn
 
 from optuna_greedyhg.hypergrad import randomness
 from optuna_greedyhg.hypergrad.domains import Unbounded
@@ -10,7 +11,7 @@ from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.products import Covector, Products, TrainState
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, pulls_back
 from tests import reference
-from tests.problems import CPU, SPECIMENS, UPDATE_RULES, Case, bowl, float64, with_numbers
+from tests.problems import CPU, SPECIMENS, UPDATE_RULES, Case, bowl, classification, float64, with_numbers
 from tests.reference import assert_agree, central_differences
 
 SEED = 5
@@ -139,6 +140,20 @@ def test_the_pull_back_of_a_rule_is_not_used_for_another_step(rule, graph):
     v = random_covector(state)
     expected = central_differences(lambda z: paired(v, step_of(case, state, z).after), alpha)
     assert_agree(step_of(case, state, alpha, **graph).times_b(v), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("middle", "convolves"),
+    [(nn.Tanh(), False), (nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 1, 1), nn.Flatten()), True)],
+    ids=["dense", "convolutional"],
+)
+def test_convolutions_are_not_looked_for_again_where_there_are_none(middle, convolves):
+    case = Case(classification(middle), SGD(lr="lr"))
+    alpha, state, products = case.alpha(), case.state_after(0), case.products()
+    v = random_covector(state)
+    first, second = (products.step(state, alpha, case.train_batch(0), keep_graph=True).times_b(v) for _ in range(2))
+    assert products.convolves == convolves
+    assert_agree(second, first, rtol=1e-12)
 
 
 def test_a_second_product_of_one_step_is_made_from_its_replay():
