@@ -58,10 +58,15 @@ class _Geometry(NamedTuple):
 
 
 class LeanConvolutions(TorchFunctionMode):
-    """Within it, ``torch.conv1d``, ``conv2d`` and ``conv3d`` have this second derivative, whoever calls them."""
+    """Within it, ``torch.conv1d``, ``conv2d`` and ``conv3d`` have this second derivative, whoever calls them.
+
+    Attributes:
+        found: Whether there has been one that has it.
+    """
 
     def __init__(self, demand: Demand) -> None:
         super().__init__()
+        self.found = False
         self._demand = demand
 
     def __torch_function__(
@@ -70,6 +75,7 @@ class LeanConvolutions(TorchFunctionMode):
         kwargs = kwargs or {}
         n = _N_DIMENSIONS.get(function)
         if n is not None and (taken := _taken(n, *args, **kwargs)) is not None:
+            self.found = True
             x, w, bias, geometry = taken
             return _Convolution.apply(x, w, bias, geometry, self._demand)  # type: ignore[no-untyped-call]
         return function(*args, **kwargs)

@@ -51,8 +51,10 @@ class Model:
         buffers: Tensors,
         constants: Tensors,
         outer: Callable[[], Tensors],
+        tied: bool,
     ) -> None:
         self._module = module
+        self._tied = tied
         self._parameters = parameters
         self._constants = constants
         self._outer = outer
@@ -60,7 +62,8 @@ class Model:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors = {**self._parameters, **self._constants, **self._outer(), **self.buffers}
-        output = functional_call(self._module, tensors, args, kwargs)
+        # To look for tied weights takes as long as a small layer does: it is done once, by the problem.
+        output = functional_call(self._module, tensors, args, kwargs, tie_weights=self._tied)
         self.buffers = {name: tensors[name] for name in self.buffers}  # some modules assign a buffer anew
         return output
 
@@ -153,6 +156,7 @@ class BilevelProblem:
 
         self._train_module = copy.deepcopy(model)
         self._eval_module = copy.deepcopy(model).eval()
+        self._tied = _has_tied(model)
         self._outer = trees.clone({name: p for name, p in model.named_parameters() if name in outer})
         self._constants = trees.clone({name: p for name, p in inner.items() if not p.requires_grad})
         self.initial_parameters = trees.clone({name: p for name, p in inner.items() if p.requires_grad})
@@ -368,7 +372,7 @@ class BilevelProblem:
                 )
 
     def _model(self, module: nn.Module, parameters: Tensors, buffers: Tensors, alpha: Mapping[str, Tensor]) -> Model:
-        return Model(module, parameters, buffers, self._constants, lambda: self._outer_values(alpha))
+        return Model(module, parameters, buffers, self._constants, lambda: self._outer_values(alpha), self._tied)
 
     def _precision(self) -> AbstractContextManager[object]:
         return nullcontext() if self._autocast is None else torch.autocast(self.device.type, self._autocast)
@@ -394,6 +398,13 @@ def _names_of(module: nn.Module, chosen: Sequence[str]) -> frozenset[str]:
             )
         found |= matching
     return frozenset(found)
+
+
+def _has_tied(module: nn.Module) -> bool:
+    """Whether a parameter or buffer has several names."""
+    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    tensors = [x for tree in named for _, x in tree]
+    return len({id(x) for x in tensors}) < len(tensors)
 
 
 def _kinds(tree: Tensors) -> dict[str, str]:

@@ -42,7 +42,7 @@ from optuna_greedyhg.hypergrad.product_modes import (
 )
 from optuna_greedyhg.hypergrad.randomness import RandomState
 from optuna_greedyhg.hypergrad.trees import Tensors
-from optuna_greedyhg.hypergrad.update_rules import Slots, Theta, UpdateRule, resolve
+from optuna_greedyhg.hypergrad.update_rules import Made, Slots, Theta, UpdateRule, pulls_back, resolve
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class Products:
         self.val_stream: Stream = problem.val_stream()
         self.cost = Cost()
         self.mode = ModeInUse(problem.product_mode)
+        self.convolves = True  # until the loss has shown that it does not: to look for convolutions takes time
         self._domains = dict(domains)
 
     @property
@@ -220,23 +221,32 @@ class StepRecipe:
         create_graph = keep_graph and self.products.mode.current is ProductMode.REVERSE
         graph = self._gradient(state, create_graph=create_graph)
         gradient = {name: g.detach() for name, g in graph.gradient.items()}
-        update = self.update(state, gradient, with_graph=keep_graph)
+        with_graph = keep_graph and not pulls_back(self.products.update_rule)
+        update = self.update(state, gradient, with_graph=with_graph)
         parameters = {name: w.detach() for name, w in update.parameters.items()}
         slots = {kind: {name: x.detach() for name, x in tree.items()} for kind, tree in update.slots.items()}
         after = TrainState(parameters, graph.buffers, slots, state.n_steps + 1)
         kept = graph if create_graph and graph.reads else None
-        return InnerStep(self, state, after, gradient, graph.reads, kept, update if keep_graph else None)
+        return InnerStep(self, state, after, gradient, graph.reads, kept, update if with_graph else None)
 
     def update(self, state: TrainState, gradient: Tensors, *, with_graph: bool, of_state: bool = False) -> _Update:
         """Φ(w_{t−1}, g, s_{t−1}, θ(α)), with its graph down to g and α, and to w and s if they are wanted."""
         rule = self.products.update_rule
         with torch.set_grad_enabled(with_graph):
-            g, z = trees.leaves(gradient), trees.leaves(self.alpha)
+            g, z = (trees.leaves(tree) if with_graph else tree for tree in (gradient, self.alpha))
             w, s = state.parameters, state.slots
             if of_state:
                 w, s = trees.leaves(w), {kind: trees.leaves(tree) for kind, tree in s.items()}
             parameters, slots = rule.step(w, g, s, resolve(rule, self.products.values(z)), state.n_steps)
         return _Update(parameters, slots, g, z, w, s)
+
+    def to_coordinates(self, theta_bar: Tensors) -> Tensors:
+        """θ̄·∂θ/∂α, by hyperparameter, of a covector on some of the update rule's own."""
+        with torch.enable_grad():
+            z = trees.leaves(self.alpha)
+            theta = resolve(self.products.update_rule, self.products.values(z))
+        named = {key: x for key, x in theta.items() if key in theta_bar and isinstance(x, Tensor)}
+        return _grad([*named.values()], [z], [theta_bar[key].to(x.dtype) for key, x in named.items()])[0]
 
     def graph_at(self, state: TrainState) -> _Graph:
         """∇_w L_train at a state, with its graph, and with the random numbers that the step had."""
@@ -262,14 +272,17 @@ class StepRecipe:
         # The fused kernels of scaled dot-product attention have no second derivative; the plain one has.
         attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
         demand = Demand()
-        lean = create_graph and not self.products.problem.vectorized
-        convolutions = LeanConvolutions(demand) if lean else nullcontext()
-        with torch.enable_grad(), attention, convolutions:
-            w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
-            values = self.products.values(z)
-            loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)
+        lean = create_graph and not self.products.problem.vectorized and self.products.convolves
+        convolutions = LeanConvolutions(demand) if lean else None
+        w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
+        values = self.products.values(z)
+        with torch.enable_grad(), attention:
+            with convolutions or nullcontext():
+                loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)
             _require_gradient(loss, "train_loss")
             (gradient,) = _grad([loss], [w], [torch.ones_like(loss)], create_graph=create_graph)
+        if convolutions is not None:
+            self.products.convolves = convolutions.found
         self.products.cost.n_train_gradients += self.products.problem.n_examples(self.batch)
         return _Graph(gradient, buffers, w, z, tuple(name for name in z if name in values.used), demand)
 
@@ -404,22 +417,30 @@ class InnerStep:
 
     def _pull_back(self, v: Covector, *, to_state: bool, to_alpha: bool) -> tuple[Covector, Tensors]:
         """v·A_t and v·B_t, each empty unless it is asked for."""
+        factor, u, z_bar, state_bar = self._through_rule(v, to_state, to_alpha)
+        reads = self._reads if to_alpha else ()
+        if reads or to_state:
+            through_w, through_z = self._through_gradient(u, to_state, reads)
+            z_bar = {name: x + factor * through_z[name] if name in through_z else x for name, x in z_bar.items()}
+            if to_state:
+                state_bar[0] = trees.add(state_bar[0], through_w)
+        if not to_state:
+            return Covector({}), z_bar
+        return Covector(state_bar[0], dict(zip(self.before.slots, state_bar[1:], strict=True))), z_bar
+
+    def _through_rule(self, v: Covector, to_state: bool, to_alpha: bool) -> _ThroughRule:
+        rule, before = self.rule, self.before
+        if pulls_back(rule) and not to_state:
+            made = Made(before.parameters, self.gradient, before.slots, self.theta, before.n_steps, self.after.slots)
+            factor, u, theta_bar = rule.pull_back(v.parameters, v.slots, made)
+            return _ThroughRule(factor, u, self.recipe.to_coordinates(theta_bar), [])
         update = self._take_update(to_state)
         outputs = [*update.parameters.values(), *(x for kind in v.slots for x in update.slots[kind].values())]
         cotangents = [*(v.parameters[k] for k in update.parameters)]
         cotangents += (v.slots[kind][k] for kind in v.slots for k in update.slots[kind])
         sources = [update.g, update.z if to_alpha else {}, *([update.w, *update.s.values()] if to_state else [])]
         u, z_bar, *state_bar = _grad(outputs, sources, cotangents, retain_graph=self._held)
-
-        reads = self._reads if to_alpha else ()
-        if reads or to_state:
-            through_w, through_z = self._through_gradient(u, to_state, reads)
-            z_bar = {name: x + through_z[name] if name in through_z else x for name, x in z_bar.items()}
-            if to_state:
-                state_bar[0] = trees.add(state_bar[0], through_w)
-        if not to_state:
-            return Covector({}), z_bar
-        return Covector(state_bar[0], dict(zip(update.s, state_bar[1:], strict=True))), z_bar
+        return _ThroughRule(1.0, u, z_bar, state_bar)
 
     def _through_gradient(self, u: Tensors, to_state: bool, reads: tuple[str, ...]) -> tuple[Tensors, Tensors]:
         """u·∇²_w L_train (empty unless ``to_state``) and u·∂g/∂α for the hyperparameters ``reads``."""
@@ -483,6 +504,15 @@ class _Update(NamedTuple):
     z: Tensors
     w: Tensors
     s: Slots
+
+
+class _ThroughRule(NamedTuple):
+    """A covector pulled back through Φ: to g, but for a factor, to α's coordinates, and to w and each tree of s."""
+
+    factor: Tensor | float
+    u: Tensors
+    z: Tensors
+    state: list[Tensors]
 
 
 def _grad(

@@ -7,15 +7,20 @@ rule's own hyperparameters θ is a number, or the *name* of a hyperparameter in 
 
     >>> SGD(lr="lr", momentum=0.9, weight_decay="weight_decay")
 
+Products with B_t need the *pull-back* of a covector (v, s̄) on (w_t, s_t) to g and to θ. Each of these rules has it
+beside its equation; that of any other rule is left to autograd:
+
+    ū = (v, s̄)·∂Φ/∂g,      θ̄ = (v, s̄)·∂Φ/∂θ
+
 They are written here, and not taken from ``torch.optim``, because the derivatives of ``differentiable=True`` are
 refused or silently wrong for several of them (SGD's weight decay with momentum, nesterov momentum).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -70,6 +75,50 @@ class UpdateRule(Protocol):
         """
 
 
+class Made(NamedTuple):
+    """A step that has been made: what Φ has read, and the optimizer's state that came of it."""
+
+    parameters: Tensors
+    gradient: Tensors
+    slots: Slots
+    theta: Theta
+    n_steps: int
+    slots_after: Slots
+
+
+class PulledBack(NamedTuple):
+    """A covector pulled back through an update rule.
+
+    Attributes:
+        factor: A number, by which a product with H entries is scaled in place of a ū with P.
+        u: ū, but for the factor.
+        theta: θ̄, 0-dimensional, for every θ that has a name in α.
+    """
+
+    factor: Tensor | float
+    u: Tensors
+    theta: Tensors
+
+
+class PullsBack(UpdateRule, Protocol):
+    """An update rule that knows its own derivative."""
+
+    def pull_back(self, v: Tensors, on_slots: Slots, made: Made) -> PulledBack:
+        """ū and θ̄, with w_{t−1} and s_{t−1} held fixed.
+
+        Args:
+            v: On the weights w_t.
+            on_slots: s̄, on the state s_t; kinds that are left out are zero.
+            made: The step.
+        """
+
+
+def pulls_back(rule: UpdateRule) -> TypeGuard[PullsBack]:
+    """Whether the rule has a pull-back of its own; one that is inherited does not belong to a step that is not."""
+    owners = {method: _owner(type(rule), method) for method in ("step", "pull_back")}
+    return owners["pull_back"] is not None and owners["pull_back"] is owners["step"]
+
+
 @dataclass(frozen=True)
 class SGD:
     """Stochastic gradient descent, as ``torch.optim.SGD`` with ``dampening=0``:
@@ -116,11 +165,39 @@ class SGD:
     ) -> tuple[Tensors, Slots]:
         lr, mu = theta["lr"], theta["momentum"]
         d = _decayed(gradient, parameters, theta["weight_decay"])
-        if not slots:
-            return {k: _add_scaled(w, -lr, d[k]) for k, w in parameters.items()}, {}
-        m = {k: _add_scaled(d[k], mu, slots["momentum"][k]) for k in d}
-        direction = {k: _add_scaled(d[k], mu, m[k]) for k in d} if self.nesterov else m
-        return {k: _add_scaled(w, -lr, direction[k]) for k, w in parameters.items()}, {"momentum": m}
+        m = {k: _add_scaled(d[k], mu, slots["momentum"][k]) for k in d} if slots else d
+        direction = self._direction(d, m, mu)
+        after = {k: _add_scaled(w, -lr, direction[k]) for k, w in parameters.items()}
+        return after, {"momentum": m} if slots else {}
+
+    def pull_back(self, v: Tensors, on_slots: Slots, made: Made) -> PulledBack:
+        """With m̄ on the momentum, and ∂w/∂m = −lr:
+
+            ū = m̄ − lr·v,   lr̄ = −v·m_t,   μ̄ = ū·m_{t−1},   w̄d = ū·w_{t−1}
+
+        nesterov: ū = m̄ − lr·(1 + μ)·v,   lr̄ = −v·(d + μ·m_t),   μ̄ = ū·m_{t−1} − lr·v·(m_t − m_{t−1})
+        """
+        lr, mu, wd = (made.theta[k] for k in ("lr", "momentum", "weight_decay"))
+        factor, u = -lr * (1 + mu) if self.nesterov else -lr, v
+        if on_slots:
+            factor, u = 1.0, {k: _add_scaled(m_bar, factor, v[k]) for k, m_bar in on_slots["momentum"].items()}
+
+        def to_lr() -> Tensor:
+            d = _decayed(made.gradient, made.parameters, wd)
+            return -trees.dot(v, self._direction(d, made.slots_after.get("momentum", d), mu))
+
+        def to_momentum() -> Tensor:
+            before, after = made.slots["momentum"], made.slots_after["momentum"]
+            through_m = factor * trees.dot(u, before)
+            return through_m - lr * trees.dot(v, trees.sub(after, before)) if self.nesterov else through_m
+
+        def to_weight_decay() -> Tensor:
+            return factor * trees.dot(u, made.parameters)
+
+        return PulledBack(factor, u, _of_names(self, lr=to_lr, momentum=to_momentum, weight_decay=to_weight_decay))
+
+    def _direction(self, d: Tensors, m: Tensors, mu: Tensor | float) -> Tensors:
+        return {k: _add_scaled(d[k], mu, m[k]) for k in d} if self.nesterov else m
 
     def preconditioner(self, slots: Slots, theta: Theta, n_steps: int) -> None:
         return None
@@ -187,11 +264,58 @@ class Adam:
             d, decayed = gradient, {k: (1 - lr * wd) * w for k, w in parameters.items()}
         else:
             d, decayed = _decayed(gradient, parameters, wd), parameters
-        m = {k: beta1 * slots["exp_avg"][k] + (1 - beta1) * d[k] for k in d}
-        v = {k: beta2 * slots["exp_avg_sq"][k] + (1 - beta2) * d[k] * d[k] for k in d}
+        m = {k: _add_scaled(beta1 * slots["exp_avg"][k], 1 - beta1, d[k]) for k in d}
+        v = {k: _add_scaled(beta2 * slots["exp_avg_sq"][k], 1 - beta2, d[k] * d[k]) for k in d}
         bias1, bias2 = 1 - beta1 ** (n_steps + 1), 1 - beta2 ** (n_steps + 1)
-        after = {k: w - lr / bias1 * m[k] / (_sqrt(v[k] / bias2) + eps) for k, w in decayed.items()}
+        after = {k: _add_scaled(w, -lr / bias1, m[k] / (_sqrt(v[k] / bias2) + eps)) for k, w in decayed.items()}
         return after, {"exp_avg": m, "exp_avg_sq": v}
+
+    def pull_back(self, v: Tensors, on_slots: Slots, made: Made) -> PulledBack:
+        """With s for the second moment, b_i = 1 − β_i^t, r = √(s_t/b2), h = r + ε and x = m_t/h, so that Δw = −lr/b1·x:
+
+            m̄ ← m̄ − lr/b1·v/h,   h̄ = lr/b1·v·x/h,   s̄ ← s̄ + h̄/(2·b2·r),   ū = (1−β1)·m̄ + 2·(1−β2)·s̄·d,
+            l̄r = −v·x/b1,   ε̄ = Σh̄,   w̄d = ū·w_{t−1},
+            β̄1 = m̄·(m_{t−1} − d) + lr·v·x·∂b1/∂β1/b1²,   β̄2 = s̄·(s_{t−1} − d²) − h̄·r/(2·b2)·∂b2/∂β2
+
+        decoupled: w̄d = −lr·v·w_{t−1}, and l̄r has −wd·v·w_{t−1} as well
+        """
+        w, g, slots, theta, n_steps, slots_after = made
+        lr, beta1, beta2, eps, wd = (theta[k] for k in ("lr", "beta1", "beta2", "eps", "weight_decay"))
+        t = n_steps + 1
+        bias1, bias2 = 1 - beta1**t, 1 - beta2**t
+        to_bias1, to_bias2 = -t * beta1 ** (t - 1), -t * beta2 ** (t - 1)
+        d = g if self.decoupled else _decayed(g, w, wd)
+        r = {k: torch.sqrt(s / bias2) for k, s in slots_after["exp_avg_sq"].items()}
+        h = {k: r[k] + eps for k in r}
+        x = {k: m / h[k] for k, m in slots_after["exp_avg"].items()}
+        m_bar = {k: v[k] / h[k] * (-lr / bias1) for k in v}
+        h_bar = {k: m_bar[k] * -x[k] for k in v}
+        s_bar = {k: torch.where(r[k] > 0, h_bar[k] / r[k] / (2 * bias2), 0.0) for k in v}
+        if "exp_avg" in on_slots:
+            m_bar = trees.add(m_bar, on_slots["exp_avg"])
+        if "exp_avg_sq" in on_slots:
+            s_bar = trees.add(s_bar, on_slots["exp_avg_sq"])
+        u = {k: (1 - beta1) * m_bar[k] + 2 * (1 - beta2) * s_bar[k] * d[k] for k in v}
+
+        def to_lr() -> Tensor:
+            return -trees.dot(v, x) / bias1 - (wd * trees.dot(v, w) if self.decoupled else 0.0)
+
+        def to_beta1() -> Tensor:
+            through_m = trees.dot(m_bar, trees.sub(slots["exp_avg"], d))
+            return through_m + lr * trees.dot(v, x) * to_bias1 / bias1**2
+
+        def to_beta2() -> Tensor:
+            through_s = trees.dot(s_bar, {k: s - d[k] * d[k] for k, s in slots["exp_avg_sq"].items()})
+            return through_s - trees.dot(h_bar, r) / (2 * bias2) * to_bias2
+
+        def to_eps() -> Tensor:
+            return torch.stack([x.sum() for x in h_bar.values()]).sum()
+
+        def to_weight_decay() -> Tensor:
+            return -lr * trees.dot(v, w) if self.decoupled else trees.dot(u, w)
+
+        named = _of_names(self, lr=to_lr, beta1=to_beta1, beta2=to_beta2, eps=to_eps, weight_decay=to_weight_decay)
+        return PulledBack(1.0, u, named)
 
     def preconditioner(self, slots: Slots, theta: Theta, n_steps: int) -> Tensors:
         bias2 = 1 - theta["beta2"] ** n_steps
@@ -233,6 +357,16 @@ def require_hyperparameters(rule: UpdateRule, hyperparameters: Mapping[str, Hype
 def resolve(rule: UpdateRule, alpha: Mapping[str, Tensor]) -> Theta:
     """θ(α): the rule's own hyperparameters with names replaced by α's values."""
     return {key: alpha[value] if isinstance(value, str) else value for key, value in rule.theta.items()}
+
+
+def _owner(rule: type, method: str) -> type | None:
+    return next((cls for cls in rule.__mro__ if method in vars(cls)), None)
+
+
+def _of_names(rule: UpdateRule, **terms: Callable[[], Tensor]) -> Tensors:
+    """θ̄: of these terms, those that α has a name for; the others are not computed."""
+    theta = rule.theta
+    return {key: term() for key, term in terms.items() if isinstance(theta[key], str)}
 
 
 def _decayed(gradient: Tensors, parameters: Tensors, weight_decay: Tensor | float) -> Tensors:

@@ -99,8 +99,9 @@ def test_without_demand_only_the_way_to_the_gradient_is_computed() -> None:
 )
 def test_it_reaches_into_modules(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    with LeanConvolutions(Demand()):
+    with LeanConvolutions(Demand()) as lean:
         assert type(layer(x).grad_fn).__name__ == "_ConvolutionBackward"
+    assert lean.found
 
 
 @pytest.mark.parametrize(
@@ -113,8 +114,9 @@ def test_it_reaches_into_modules(layer: nn.Module, shape: tuple[int, ...]) -> No
 )
 def test_what_it_does_not_know_is_left_to_torch(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    with LeanConvolutions(Demand()):
+    with LeanConvolutions(Demand()) as lean:
         y = layer(x)
+    assert not lean.found
     assert type(y.grad_fn).__name__ != "_ConvolutionBackward"
     torch.testing.assert_close(y, layer(x))
 

@@ -1,16 +1,17 @@
-from dataclasses import replace
-from itertools import product
+from dataclasses import fields, replace
+from itertools import chain, combinations, product
 
 import pytest
 import torch
+from torch import nn
 
 from optuna_greedyhg.hypergrad import randomness
 from optuna_greedyhg.hypergrad.domains import Unbounded
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.products import Covector, Products, TrainState
-from optuna_greedyhg.hypergrad.update_rules import SGD, Adam
+from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, pulls_back
 from tests import reference
-from tests.problems import CPU, SPECIMENS, UPDATE_RULES, Case, bowl, float64, with_numbers
+from tests.problems import CPU, SPECIMENS, UPDATE_RULES, Case, bowl, classification, float64, with_numbers
 from tests.reference import assert_agree, central_differences
 
 SEED = 5
@@ -103,6 +104,56 @@ def test_products_agree_when_only_the_update_rule_reads_alpha(rule):
     step = step_of(case, state, alpha, keep_graph=True)
     assert_agree(step.times_b(v), expected, rtol=1e-6)
     assert_agree(step.times_ab(v)[1], expected, rtol=1e-6)
+
+
+def as_of_a_user(rule, length=1.0):
+    """A rule that has overridden ``step``, by the same or by one that goes ``length`` as far, and nothing else."""
+
+    class Overridden(type(rule)):
+        def step(self, parameters, *others):
+            after, slots = super().step(parameters, *others)
+            return {name: w + length * (after[name] - w) for name, w in parameters.items()}, slots
+
+    return Overridden(**{field.name: getattr(rule, field.name) for field in fields(rule)})
+
+
+@pytest.mark.parametrize("in_alpha", [False, True], ids=["numbers", "in alpha"])
+@pytest.mark.parametrize("rule", UPDATE_RULES.values(), ids=UPDATE_RULES.keys())
+def test_a_rules_own_pull_back_agrees_with_autograd_on_any_kinds_of_state(rule, in_alpha):
+    case = Case(SPECIMENS["minibatches"](), rule if in_alpha else with_numbers(rule))
+    other = Case(case.specimen, as_of_a_user(case.rule))
+    assert pulls_back(case.rule)
+    assert not pulls_back(other.rule)
+    alpha, state = case.alpha(), case.state_after(N_WARM)
+    v = random_covector(state)
+    for kinds in chain.from_iterable(combinations(v.slots, n) for n in range(len(v.slots) + 1)):
+        some = Covector(v.parameters, {kind: v.slots[kind] for kind in kinds})
+        found, expected = (step_of(c, state, alpha, keep_graph=True).times_b(some) for c in (case, other))
+        assert_agree(found, expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("rule", UPDATE_RULES.values(), ids=UPDATE_RULES.keys())
+def test_the_pull_back_of_a_rule_is_not_used_for_another_step(rule, graph):
+    case = Case(SPECIMENS["minibatches"](), as_of_a_user(rule, length=0.5))
+    alpha, state = case.alpha(), case.state_after(N_WARM)
+    v = random_covector(state)
+    expected = central_differences(lambda z: paired(v, step_of(case, state, z).after), alpha)
+    assert_agree(step_of(case, state, alpha, **graph).times_b(v), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("middle", "convolves"),
+    [(nn.Tanh(), False), (nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 1, 1), nn.Flatten()), True)],
+    ids=["dense", "convolutional"],
+)
+def test_convolutions_are_not_looked_for_again_where_there_are_none(middle, convolves):
+    case = Case(classification(middle), SGD(lr="lr"))
+    alpha, state, products = case.alpha(), case.state_after(0), case.products()
+    v = random_covector(state)
+    first, second = (products.step(state, alpha, case.train_batch(0), keep_graph=True).times_b(v) for _ in range(2))
+    assert products.convolves == convolves
+    assert_agree(second, first, rtol=1e-12)
 
 
 def test_a_second_product_of_one_step_is_made_from_its_replay():

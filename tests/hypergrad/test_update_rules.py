@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW
+from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW, Made
 from tests.problems import OWN, SPECIMENS, UPDATE_RULES, Case, float64, with_numbers
 from tests.reference import by_torch_optim, torch_optimizer
 
@@ -49,9 +49,15 @@ def test_weights_that_never_get_a_gradient_have_finite_derivatives(rule):
     w, g = float64(0.0, 1.0).requires_grad_(), float64(0.0, 0.5).requires_grad_()
     m, v = float64(0.0, 0.1).requires_grad_(), float64(0.0, 0.2).requires_grad_()
     after, _ = rule.step({"w": w}, {"w": g}, {"exp_avg": {"w": m}, "exp_avg_sq": {"w": v}}, rule.theta, 3)
-    for derivative in torch.autograd.grad(after["w"].sum(), [w, g, m, v]):
+    derivatives = torch.autograd.grad(after["w"].sum(), [w, g, m, v])
+    for derivative in derivatives:
         assert bool(torch.isfinite(derivative).all())
         assert derivative[1] != 0.0
+    before = {"exp_avg": {"w": m.detach()}, "exp_avg_sq": {"w": v.detach()}}
+    _, slots = rule.step({"w": w.detach()}, {"w": g.detach()}, before, rule.theta, 3)
+    made = Made({"w": w.detach()}, {"w": g.detach()}, before, rule.theta, 3, slots)
+    pulled = rule.pull_back({"w": torch.ones_like(w)}, {}, made)
+    torch.testing.assert_close(pulled.factor * pulled.u["w"], derivatives[1], rtol=1e-12, atol=0.0)
 
 
 def test_the_counterparts_in_torch_are_made_with_the_same_numbers():
