@@ -22,9 +22,9 @@ from typing import Any
 import environment
 import optuna
 import torch
-from optuna.artifacts import FileSystemArtifactStore
 
 from optuna_greedyhg.cli import main as greedyhg
+from optuna_greedyhg.cli.options import open_artifacts
 from optuna_greedyhg.hypergrad.cost import Prices
 from optuna_greedyhg.report.comparison import statistics_of
 from optuna_greedyhg.report.files import write_whole
@@ -32,6 +32,7 @@ from optuna_greedyhg.report.runs import run_from_json
 from optuna_greedyhg.tasks import make_task
 from optuna_greedyhg.tasks.comparison import TPE, Yardstick, compare
 from optuna_greedyhg.tasks.methods import method_named
+from optuna_greedyhg.trials.records import ArtifactStore
 
 METHODS = "defaults,random,tpe,tpe+greedy,tpe+spectral"
 
@@ -54,8 +55,7 @@ def main() -> None:
         run(arguments, path)
     else:
         content = json.loads(path.read_text(encoding="utf-8"))
-        arguments.artifacts.mkdir(parents=True, exist_ok=True)
-        store = FileSystemArtifactStore(arguments.artifacts)
+        store = open_artifacts(arguments.artifacts)
         new = renewed(content, arguments.renew.split(","), arguments.storage, store)
         write_whole(path, json.dumps(new, indent=1) + "\n")
 
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, path: Path) -> None:
     write_whole(path, json.dumps({**environment.describe(), **found}, indent=1) + "\n")
 
 
-def renewed(content: dict[str, Any], names: list[str], storage: str, store: FileSystemArtifactStore) -> dict[str, Any]:
+def renewed(content: dict[str, Any], names: list[str], storage: str, store: ArtifactStore | None) -> dict[str, Any]:
     """The content of a file with the rows of some methods made anew, on its seeds, prices and budget."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
