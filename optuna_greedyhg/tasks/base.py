@@ -58,6 +58,10 @@ class Settings:
             optimizer = Decaying(self.outer_decay, optimizer)
         return optimizer if self.trust_radius is None else TrustRegion(self.trust_radius, optimizer)
 
+    def inherits_from(self, artifact_store: ArtifactStore | None) -> bool:
+        """Whether tensors are inherited: asked for, and there is where to find them."""
+        return self.inherit and artifact_store is not None
+
 
 class Task(Protocol):
     """A problem with train, validation and test splits. Equal seeds of its constructor give equal data and weights."""
@@ -101,8 +105,7 @@ def make_objective(
             if step.evaluation is step.best:
                 records.write(trial, task.diagnose(step.best.values))
 
-        inherit = chosen.inherit and artifact_store is not None
-        alpha = Alpha(trial, artifact_store=artifact_store, inherit=inherit)
+        alpha = Alpha(trial, artifact_store=artifact_store, inherit=chosen.inherits_from(artifact_store))
         problem, update_rule = task.define(trial, alpha)
         return refine(
             trial,

@@ -153,7 +153,7 @@ def compare(
     """
     first = make_task(seeds[0])
     settings = settings or first.settings
-    settings = replace(settings, inherit=settings.inherit and artifact_store is not None)
+    settings = replace(settings, inherit=settings.inherits_from(artifact_store))
     runs = [(seed, method) for seed in seeds for method in methods]
     names = {(seed, method): study_name(first.name, method.name, seed) for seed, method in runs}
     identities = {
