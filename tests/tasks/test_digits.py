@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import optuna
 import pytest
 import torch
@@ -52,6 +54,18 @@ def test_refinement_tells_clean_from_corrupted_and_beats_the_defaults() -> None:
     assert trial.user_attrs["weight_corrupted"] < 0.35
     assert trial.value < 0.7 * seed_value
     assert trial.user_attrs["test_loss"] < 0.7 * seed_value
+
+
+@pytest.mark.parametrize(("has_store", "ancestors"), [(True, [None, 0]), (False, ["nothing to say"] * 2)])
+def test_example_weights_are_inherited_where_there_is_a_store(
+    has_store: bool, ancestors: list[object], tmp_path: object
+) -> None:
+    store = optuna.artifacts.FileSystemArtifactStore(str(tmp_path)) if has_store else None
+    settings = replace(FAST, inherit=DigitsCleaning.settings.inherit)
+    study = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0))
+    objective = make_objective(DigitsCleaning(), estimator=ghg.Greedy(), settings=settings, artifact_store=store)
+    study.optimize(objective, n_trials=2)
+    assert [trial.user_attrs.get("inherited_from", "nothing to say") for trial in study.trials] == ancestors
 
 
 def test_l2_strengths_start_from_the_sampled_level_and_differ_by_pixel(tmp_path: object) -> None:

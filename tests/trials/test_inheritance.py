@@ -73,6 +73,19 @@ def test_a_tensor_starts_where_the_best_trial_has_ended(store: FileSystemArtifac
     assert {t.user_attrs["inherited_from"] for t in study.trials} != {None, 0}
 
 
+@pytest.mark.parametrize(
+    ("of_alpha", "of_tensor", "inherits"),
+    [(True, {}, True), (True, {"inherit": False}, False), (False, {}, False), (False, {"inherit": True}, True)],
+)
+def test_alpha_decides_for_tensors_that_do_not_say(
+    of_alpha: bool, of_tensor: dict[str, bool], inherits: bool, store: FileSystemArtifactStore
+) -> None:
+    study = make_study(1, store)
+    alpha = ghg.Alpha(study.ask(), artifact_store=store, inherit=of_alpha)
+    expected = ghg.refined_params(study.trials[0], store)["c"] if inherits else INIT
+    assert torch.equal(alpha.tensor("c", INIT, **of_tensor), expected)
+
+
 def test_what_is_inherited_is_refined_further(store: FileSystemArtifactStore) -> None:
     study = make_study(6, store, n_outer_steps=2)
     norms = [float(ghg.refined_params(t, store)["c"].norm()) for t in study.trials]
