@@ -1,8 +1,9 @@
 """How do the seconds and the bytes of a hypergradient grow, and do they follow the lines that they should?
 
 An MLP 64-width-10 on random images, with an L2 strength for each of H groups of its weights; SGD with momentum 0.9. One
-number at a time is varied: the horizon T, the number P of weights, the number H of hyperparameters, the batch. Every
-series has the line that theory gives it,
+number at a time is varied: the horizon T, the number P of weights, the number H of hyperparameters, the batch, and the
+number of lanes, which are as many of these problems done as one computation. Every series has the line that theory
+gives it,
 
     y = a + b·x  (in proportion, but for what a call costs by itself)      or      y = a  (flat)
 
@@ -19,6 +20,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,13 +32,15 @@ from step_cost import take_turns
 from torch import nn
 
 from optuna_greedyhg.hypergrad.domains import Unbounded
-from optuna_greedyhg.hypergrad.estimators import ESTIMATORS, fold
+from optuna_greedyhg.hypergrad.estimators import ESTIMATORS
 from optuna_greedyhg.hypergrad.peak_memory import peak_bytes
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.products import Products
+from optuna_greedyhg.hypergrad.replicas import Replicas
 from optuna_greedyhg.hypergrad.update_rules import SGD
+from optuna_greedyhg.hypergrad.work import Horizon
 
-Axis = Literal["horizon", "width", "n_hyperparameters", "batch"]
+Axis = Literal["horizon", "width", "n_hyperparameters", "batch", "n_lanes"]
 Line = Literal["proportional", "flat"]
 Row = dict[str, Any]
 CPU = torch.device("cpu")
@@ -44,12 +48,13 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Size:
-    """A problem's size: T, the MLP's width, H and the batch."""
+    """A problem's size: T, the MLP's width, H and the batch; and how many of them there are."""
 
     horizon: int = 10
     width: int = 128
     n_hyperparameters: int = 8
     batch: int = 128
+    n_lanes: int = 1
 
     def of(self, axis: Axis) -> int:
         """What the axis counts: P for the width."""
@@ -74,6 +79,7 @@ SIZES: dict[Axis, tuple[int, ...]] = {
     "width": (64, 128, 256, 512),
     "n_hyperparameters": (4, 8, 16, 32, 64),
     "batch": (64, 128, 256, 512, 1024),
+    "n_lanes": (4, 16, 64, 256),
 }
 SERIES = (
     Series("horizon", "t1t2", "proportional", "flat"),
@@ -86,6 +92,7 @@ SERIES = (
     Series("n_hyperparameters", "forward", "proportional", "proportional"),
     Series("batch", "greedy", "proportional", "proportional"),
     Series("batch", "reverse", "proportional", "proportional"),
+    Series("n_lanes", "greedy", "proportional", "proportional"),
 )
 
 
@@ -137,39 +144,32 @@ def fitted(line: Line, x: list[int], y: list[float]) -> list[float]:
 
 
 def hypergradient(estimator: str, size: Size) -> Callable[[], object]:
-    """The work of one estimator: T training steps and its estimate."""
-    torch.manual_seed(0)
-    x, y = torch.randn(size.batch, 64), torch.randint(10, (size.batch,))
+    """The work of one estimator, T training steps and its estimate; of all lanes together where there are several."""
+    lanes = [_horizon(estimator, size, seed) for seed in range(size.n_lanes)]
+    return partial(Replicas(n_steps=size.horizon).perform, lanes) if size.n_lanes > 1 else lanes[0].perform
+
+
+def _horizon(estimator: str, size: Size, seed: int) -> Horizon:
+    torch.manual_seed(seed)
+    data = torch.randn(size.batch, 64), torch.randint(10, (size.batch,))
 
     def train_loss(model, alpha, batch):
         """Cross-entropy, and H strengths in turns over the rows of the first layer."""
         w = next(model.parameters())
         group = torch.arange(len(w)) % size.n_hyperparameters
-        return F.cross_entropy(model(x), y) + (alpha["strengths"][group].exp() * w.square().sum(dim=1)).sum()
+        return val_loss(model, alpha, batch) + (alpha["strengths"][group].exp() * w.square().sum(dim=1)).sum()
+
+    def val_loss(model, alpha, batch):
+        x, y = batch
+        return F.cross_entropy(model(x), y)
 
     problem = BilevelProblem(
-        model=make_mlp(size.width),
-        train_loss=train_loss,
-        val_loss=lambda model, alpha, batch: F.cross_entropy(model(x), y),
-        train_batches=(x, y),
-        val_batches=(x, y),
+        model=make_mlp(size.width), train_loss=train_loss, val_loss=val_loss, train_batches=data, val_batches=data
     )
     products = Products(problem, {"strengths": Unbounded()}, SGD(lr=0.01, momentum=0.9))
     alpha = {"strengths": torch.full((size.n_hyperparameters,), -5.0)}
-
-    def run() -> None:
-        fold(
-            ESTIMATORS[estimator],
-            None,
-            alpha,
-            products.initial_state(),
-            size.horizon,
-            lambda before, t, keep_graph: products.step(
-                before, alpha, next(products.train_stream), keep_graph=keep_graph, remaining=size.horizon - t
-            ),
-        )
-
-    return run
+    state = products.initial_state()
+    return Horizon(problem, products, ESTIMATORS[estimator], None, alpha, state, size.horizon, seed)
 
 
 def make_mlp(width: int) -> nn.Sequential:

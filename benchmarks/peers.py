@@ -1,7 +1,7 @@
 """One hypergradient, by this package and by others: does each give the right answer, how long does it take, how much?
 
-Example weights, full batches of 1000 images, SGD with momentum 0.9; the paper's convolutional network and an MLP
-784-256-256-10; T = 10 and 50. Every package runs what it offers on the same weights and data (``methods/``):
+Example weights, full batches of 100 and of 500 images, SGD with momentum 0.9; the paper's convolutional network and an
+MLP 784-256-256-10; T = 10 and 50. Every package runs what it offers on the same weights and data (``methods/``):
 
 - the answer is compared first with that of the same formula in float64, by this package, and with the exact one;
 - the peak of memory is that in a process of the package's own;
@@ -20,6 +20,8 @@ import importlib.metadata
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +43,24 @@ TOLERANCE = 0.1  # central differences over the kinks of ReLU have some percent;
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--horizons", type=int, nargs="+", default=[10, 50])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--horizons", type=int, nargs="+", default=[10, 50], metavar="T")
+    parser.add_argument("--n-examples", type=int, nargs="+", default=[100, 500], metavar="N", help="in a batch")
     parser.add_argument("--packages", nargs="+", default=PACKAGES, choices=PACKAGES)
-    parser.add_argument("--quick", action="store_true", help="T = 10 and 200 images, three repeats.")
+    parser.add_argument("--quick", action="store_true", help="T = 10 and 100 images, three repeats")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     use_threads(arguments.threads)
-    given = (arguments.horizons, 1000, arguments.repeats)
-    horizons, n_examples, repeats = ([10], 200, 3) if arguments.quick else given
-    settings = [Setting(model, horizon, n_examples) for model in MODELS for horizon in horizons]
+    if arguments.quick:
+        arguments.horizons, arguments.n_examples, arguments.repeats = [10], [100], 3
+    settings = [Setting(*its) for its in product(MODELS, arguments.horizons, arguments.n_examples)]
     rows: list[Row] = []
     for setting in settings:
-        its = measured(setting, arguments.packages, arguments.threads, repeats)
+        its = measured(setting, arguments.packages, arguments.threads, arguments.repeats)
         rows += its
-        print(f"\n{setting.model}, T = {setting.horizon}\n\n{tables.peers(its)}", flush=True)
+        print(f"\n{tables.setting(its[0])}\n\n{tables.peers(its)}", flush=True)
         if arguments.out is not None:  # what there is already, as the whole takes long
-            described = {"packages": versions(), "repeats": repeats, "n_examples": n_examples}
+            described = {"packages": versions(), "repeats": arguments.repeats}
             arguments.out.write_text(json.dumps({**environment.describe(), **described, "rows": rows}, indent=1) + "\n")
 
 
@@ -97,7 +100,7 @@ def timed(row: Row, times: Mapping[str, list[float]]) -> Row:
 
 
 def identity(package: str, method: str, setting: Setting) -> Row:
-    return {"model": setting.model, "horizon": setting.horizon, "method": f"{package}: {method}"}
+    return {**asdict(setting), "method": f"{package}: {method}"}
 
 
 def judged(answer: Answer, expected: Tensor, exact: Tensor) -> Row:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,8 @@ def updated(page: str) -> str:
 
 
 def peers(result: Result) -> str:
-    """One table for each network and horizon, and what they were made with."""
-    rows, parts = result["rows"], []
-    for model, horizon in dict.fromkeys((row["model"], row["horizon"]) for row in rows):
-        its = [row for row in rows if (row["model"], row["horizon"]) == (model, horizon)]
-        parts.append(f"**{model}, T = {horizon}**\n\n{tables.peers(its)}")
+    """One table for each network, horizon and batch, and what they were made with."""
+    parts = [f"**{which}**\n\n{tables.peers([*its])}" for which, its in groupby(result["rows"], tables.setting)]
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in result["packages"].items())
     return "\n\n".join([*parts, f"{versions}; {_machine(result)}."])
 

@@ -9,7 +9,8 @@ Row = Mapping[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]
 
 _GROWTH_HEADS = {
-    "horizon": "T", "width": "P, the number of weights", "n_hyperparameters": "H", "batch": "examples in a batch"
+    "horizon": "T", "width": "P, the number of weights", "n_hyperparameters": "H", "batch": "examples in a batch",
+    "n_lanes": "lanes"
 }  # fmt: skip
 
 
@@ -22,6 +23,11 @@ def markdown(columns: Columns, rows: Sequence[Row]) -> str:
 def peers(rows: Sequence[Row]) -> str:
     """The methods of ``peers.py`` on one problem; what fails says so in place of its numbers."""
     return markdown(_PEERS, rows)
+
+
+def setting(row: Row) -> str:
+    """What all rows of one table of ``peers.py`` have in common."""
+    return f"{row['model']}, T = {row['horizon']}, batches of {row['n_examples']}"
 
 
 def growth(rows: Sequence[Row]) -> str:

@@ -27,7 +27,7 @@ from methods.problem import Method, Setting
 _BENCHMARKS = Path(__file__).parent.parent
 # Whatever is freed goes back to the system at once, so that what a process holds is what its arrays take.
 _RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-_TIMEOUT = 3600
+_TIMEOUT = 900
 
 
 class Answer(NamedTuple):
@@ -60,7 +60,8 @@ def answers_of(package: str, setting: Setting, n_threads: int) -> Mapping[str, A
     """The answers of all methods of a package, from a fresh process.
 
     Raises:
-        RuntimeError: If the process fails, with the last line that it has written, or takes an hour.
+        RuntimeError: If the process fails, with the last line that it has written, or takes longer than a quarter of an
+            hour.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "answers.pt"
