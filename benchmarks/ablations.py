@@ -22,6 +22,7 @@ from typing import Any
 
 import grid
 import optuna
+import tables
 import torch
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 
@@ -36,6 +37,7 @@ from optuna_greedyhg.tasks.methods import Method
 from optuna_greedyhg.tasks.spending import spend
 from optuna_greedyhg.trials.credit import Credit
 from optuna_greedyhg.trials.policies import Always, Fraction, Never, Promising
+from optuna_greedyhg.trials.records import was_refined
 from optuna_greedyhg.trials.sampler import GreedyHGSampler
 
 TASKS = ("wine-ridge", "digits-l2", "digits-heads")
@@ -85,6 +87,12 @@ CHOICES: dict[str, Choice] = {
     "refines the best tenth": Choice(settings={"policy": Promising(0.1)}),
     "refines the best third from the first": Choice(settings={"policy": Promising(0.3, n_startup_trials=0)}),
     "refines the best tenth from the first": Choice(settings={"policy": Promising(0.1, n_startup_trials=0)}),
+    **{
+        f"refines the best tenth, at most {share:.0%} of the cost": Choice(
+            settings={"policy": Promising(0.1, n_startup_trials=0, share=share)}
+        )
+        for share in (0.2, 0.4)
+    },
     "refines none": Choice(settings={"policy": Never()}),
     "credit to seeds": Choice(credit="seed"),
     "no pruner": Choice(pruner=NopPruner()),
@@ -148,7 +156,7 @@ def run(cell: grid.Cell) -> dict[str, Any]:
         "mean_val_loss": mean_along_the_way(its, "val_loss", its.curve[0].cost, budget),
         "mean_test_loss": mean_along_the_way(its, "test_loss", its.curve[0].cost, budget),
         "n_trials": its.n_trials,
-        "n_refined": sum(bool(trial.user_attrs.get("refined")) for trial in study.trials),
+        "n_refined": sum(was_refined(trial) for trial in study.trials),
         "cost": its.cost,
     }
 
@@ -161,7 +169,7 @@ def table(rows: list[grid.Row]) -> str:
         medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
         scores = [f"{medians[score]:.4f}" for score in SCORES]
         lines.append([choice, *scores, f"{medians['n_refined']:.0f} of {medians['n_trials']:.0f}"])
-    return grid.markdown(["", *(score.replace("_", " ") for score in SCORES), "refined trials"], lines)
+    return tables.table(["", *(score.replace("_", " ") for score in SCORES), "refined trials"], lines)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def table(rows: list[grid.Row]) -> str:
         kilobytes = median([x["peak_bytes"] for _, x in audited]) / 1000
         shown = [f"{cosine:.3f}" for cosine in cosines]
         lines.append([name, *shown, f"{length:.2f}", f"{seconds:.1f}", f"{kilobytes:.0f}"])
-    return grid.markdown(["", *(f"after {at}" for at in starts), "length", "time", "kB"], lines)
+    return tables.table(["", *(f"after {at}" for at in starts), "length", "time", "kB"], lines)
 
 
 def median(values: list[float | None]) -> float:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grid
+import tables
 import torch
 from optuna.trial import FixedTrial
 
@@ -83,7 +84,7 @@ def table(rows: list[grid.Row]) -> str:
         results = [row["result"] for row in rows if row["cell"]["method"] == method]
         medians = [statistics.median(result[score] for result in results) for score in SCORES]
         lines.append([method, *(f"{x:.3f}" for x in medians[:-1]), f"{medians[-1] / 1000:.0f}"])
-    return grid.markdown(["", "validation loss", "test loss", "test accuracy", "cost ×1000"], lines)
+    return tables.table(["", "validation loss", "test loss", "test accuracy", "cost ×1000"], lines)
 
 
 if __name__ == "__main__":

@@ -68,9 +68,3 @@ def interval(values: list[float]) -> tuple[float, float]:
     if n < 2:
         return statistics.fmean(values), math.nan
     return statistics.fmean(values), float(student_t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-
-
-def markdown(header: list[str], lines: Iterable[list[str]]) -> str:
-    """A table in markdown."""
-    rule = ["---"] * len(header)
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])

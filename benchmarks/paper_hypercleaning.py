@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import grid
+import tables
 import torch
 
 from optuna_greedyhg.hypergrad.curvature import Neumann
@@ -133,7 +134,7 @@ def table(rows: list[grid.Row], dataset: str, share: float) -> str:
             shown = (" / ".join(f"{w:.2f}" for w in weights), f"{cost:.0f}", str(len(results)))
             lines.append([method, published.get(method, ""), *accuracies, *shown])
     header = ["", "published", "best", "unseen", "at the end", "unseen", "weights clean / wrong", "cost", "seeds"]
-    return grid.markdown(header, lines)
+    return tables.table(header, lines)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import grid
+import tables
 import torch
 from torch import Tensor
 
@@ -237,7 +238,7 @@ def table(rows: list[grid.Row], setting: Setting, n_way: int) -> str:
             published = setting.published.get(method, ("",) * len(setting.ways))[setting.ways.index(n_way)]
             val, test = _cells(results)
             lines.append([method, val, published, test, f"{results[0]['cost_of_an_outer_step']:.0f}"])
-    return grid.markdown(["", "held-out tasks", "published", "other held-out tasks", "cost of an outer step"], lines)
+    return tables.table(["", "held-out tasks", "published", "other held-out tasks", "cost of an outer step"], lines)
 
 
 def _cells(results: list[dict[str, Any]], suffix: str = "") -> list[str]:

@@ -30,6 +30,7 @@ from statistics import fmean, median
 from typing import Any
 
 import grid
+import tables
 import torch
 from torch import Tensor, nn
 
@@ -234,7 +235,7 @@ def table(rows: list[grid.Row], setting: str, horizons: list[int]) -> str:
             label = f"{method} ({n_outer_steps} steps)" if method in LIMITS else method
             lines.append([label, *(part for t in horizons for part in columns(of_method[t]["result"][setting]))])
     parts = ("final loss", "at the paper's point", "reached", "cosine")
-    return grid.markdown(["", *(f"T={horizon}: {part}" for horizon in horizons for part in parts)], lines)
+    return tables.table(["", *(f"T={horizon}: {part}" for horizon in horizons for part in parts)], lines)
 
 
 def columns(result: dict[str, Any]) -> list[str]:

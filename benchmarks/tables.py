@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -14,15 +14,19 @@ _GROWTH_HEADS = {
 }  # fmt: skip
 
 
-def markdown(columns: Columns, rows: Sequence[Row]) -> str:
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Cells that are written already."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
+
+
+def of_columns(columns: Columns, rows: Sequence[Row]) -> str:
     """One line a row; each column makes its cell of the row."""
-    lines = [tuple(columns), ("---",) * len(columns), *(tuple(cell(row) for cell in columns.values()) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return table([*columns], ([cell(row) for cell in columns.values()] for row in rows))
 
 
 def peers(rows: Sequence[Row]) -> str:
     """The methods of ``peers.py`` on one problem; what fails says so in place of its numbers."""
-    return markdown(_PEERS, rows)
+    return of_columns(_PEERS, rows)
 
 
 def setting(row: Row) -> str:
@@ -32,7 +36,7 @@ def setting(row: Row) -> str:
 
 def growth(rows: Sequence[Row]) -> str:
     """The series of ``growth.py``."""
-    return markdown(_GROWTH, rows)
+    return of_columns(_GROWTH, rows)
 
 
 def updated(page: str, name: str, content: str) -> str:

@@ -2,7 +2,6 @@
 
 import gc
 import re
-import runpy
 from math import ceil
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -89,17 +88,9 @@ def settings_of(name, n_batches):
     return letters, period
 
 
-def test_the_table_is_what_the_estimators_say():
-    script = runpy.run_path(str(DOCS / "make_estimators_table.py"))
+def test_every_estimator_has_its_row_in_the_table():
     page = (DOCS / "estimators.md").read_text(encoding="utf-8")
-    assert script["updated"](page) == page, "run python docs/make_estimators_table.py"
     assert all(f"| [{name}](#{name}) |" in page for name in ESTIMATORS)
-
-
-def test_a_page_without_marks_is_refused():
-    script = runpy.run_path(str(DOCS / "make_estimators_table.py"))
-    with pytest.raises(ValueError, match="must have the lines"):
-        script["updated"](f"{script['BEGIN']}\n")
 
 
 @EVERY_ESTIMATOR

@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, against the committed results."""
+"""The tables of the pages in docs/ and of the README, against the committed results."""
 
 import json
 import re
@@ -8,22 +8,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 
-@pytest.fixture(scope="module")
-def script():
-    return runpy.run_path(str(ROOT / "docs" / "make_benchmarks_tables.py"))
+@pytest.fixture
+def script_of(monkeypatch):
+    """Runs a script of benchmarks/, and returns what it defines."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return lambda name: runpy.run_path(str(BENCHMARKS / name))
 
 
-def test_the_tables_are_what_the_results_say(script):
-    page = PAGE.read_text(encoding="utf-8")
-    assert script["updated"](page) == page, "run python docs/make_benchmarks_tables.py"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert script["updated_readme"](readme) == readme, "run python docs/make_benchmarks_tables.py"
+@pytest.mark.parametrize(
+    ("name", "function", "page"),
+    [
+        ("benchmarks_page.py", "updated", "docs/benchmarks.md"),
+        ("benchmarks_page.py", "updated_readme", "README.md"),
+        ("estimators_page.py", "updated", "docs/estimators.md"),
+        ("papers_page.py", "updated", "docs/paper-experiments.md"),
+        ("performance_page.py", "updated", "docs/performance.md"),
+    ],
+)
+def test_the_tables_of_a_page_are_what_the_results_say(name, function, page, script_of):
+    written = (ROOT / page).read_text(encoding="utf-8")
+    assert script_of(name)[function](written) == written, f"run python benchmarks/{name}"
 
 
-def test_every_comparison_has_its_section_with_a_command_that_makes_it(script):
+def test_every_comparison_has_its_section_with_a_command_that_makes_it(script_of):
+    script = script_of("benchmarks_page.py")
     page = PAGE.read_text(encoding="utf-8")
     files = sorted((ROOT / "benchmarks" / "results").glob("compare_*.json"))
     assert files
@@ -40,26 +52,14 @@ def test_every_comparison_has_its_section_with_a_command_that_makes_it(script):
             assert all(f"| {median} [" in line for median in medians)
 
 
-def test_a_page_without_marks_is_refused(script):
+def test_a_page_without_marks_is_refused(script_of):
     with pytest.raises(ValueError, match="must have the lines"):
-        script["updated"]("# Benchmarks\n")
+        script_of("benchmarks_page.py")["updated"]("# Benchmarks\n")
 
 
-@pytest.mark.parametrize(
-    ("script", "page"), [("papers_page.py", "paper-experiments.md"), ("performance_page.py", "performance.md")]
-)
-def test_the_tables_of_a_page_are_what_the_results_say(script, page, monkeypatch):
-    benchmarks = ROOT / "benchmarks"
-    monkeypatch.syspath_prepend(str(benchmarks))
-    written = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    assert runpy.run_path(str(benchmarks / script))["updated"](written) == written, f"run python benchmarks/{script}"
-
-
-def test_the_tables_of_agreement_are_what_the_results_say(monkeypatch):
-    benchmarks = ROOT / "benchmarks"
-    monkeypatch.syspath_prepend(str(benchmarks))
-    script = runpy.run_path(str(benchmarks / "agreement.py"))
-    rows = json.loads((benchmarks / "results" / "agreement.json").read_text(encoding="utf-8"))["rows"]
+def test_the_tables_of_agreement_are_what_the_results_say(script_of):
+    script = script_of("agreement.py")
+    rows = json.loads((BENCHMARKS / "results" / "agreement.json").read_text(encoding="utf-8"))["rows"]
     page = (ROOT / "docs" / "choosing-an-estimator.md").read_text(encoding="utf-8")
     updated = script["tables"].updated(page, "agreement", script["sections"](rows))
     assert updated == page, "run python benchmarks/agreement.py --out ... --page docs/choosing-an-estimator.md"

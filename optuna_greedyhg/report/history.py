@@ -10,7 +10,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_greedyhg.trials.records import cost_of
+from optuna_greedyhg.trials.records import cost_of, was_refined
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,6 @@ def history(study: optuna.Study, *, refined: bool | None = None) -> list[Finish]
             best, least = trial, sign * score
         finishes.append(Finish(trial, score, cost, best))
     return finishes
-
-
-def was_refined(trial: FrozenTrial) -> bool:
-    """Whether a trial was refined, and not only valued at its seed."""
-    return trial.user_attrs.get("refined") is True
 
 
 def score_of(trial: FrozenTrial) -> float | None:

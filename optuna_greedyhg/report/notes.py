@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, TrialState
 
-from optuna_greedyhg.report.history import metric_of, number, score_of, was_refined
+from optuna_greedyhg.report.history import metric_of, number, score_of
 from optuna_greedyhg.report.trajectory import course_of, moves
 from optuna_greedyhg.trials import records
 
@@ -45,12 +45,12 @@ def _headline(trial: FrozenTrial) -> str:
     score, course = score_of(trial), course_of(trial)
     seed = None if course is None else course.scores[0]
     name = _text(f"validation {metric_of([trial]) or 'score'}")
-    kind = "Refined" if was_refined(trial) else "Not refined"
+    kind = "Refined" if records.was_refined(trial) else "Not refined"
     if trial.state != TrialState.COMPLETE:
         kind += f", {trial.state.name.lower().replace('fail', 'failed')}"
     if score is None:
         return f"**{kind}**: no finite {name}."
-    if seed is None or not was_refined(trial):
+    if seed is None or not records.was_refined(trial):
         return f"**{kind}**: {name} **{score:.6g}**."
     return f"**{kind}**: {name} {seed:.6g} → **{score:.6g}**."
 

@@ -19,11 +19,12 @@ from optuna_greedyhg.report.figures import (
     seed_to_refined,
 )
 from optuna_greedyhg.report.files import write_whole
-from optuna_greedyhg.report.history import history, was_refined
+from optuna_greedyhg.report.history import history
 from optuna_greedyhg.report.html import figure_html, whole_page
 from optuna_greedyhg.report.summary import MethodSummary
 from optuna_greedyhg.report.table import summary_table
 from optuna_greedyhg.report.trajectory import course_of
+from optuna_greedyhg.trials.records import was_refined
 
 
 def write_report(

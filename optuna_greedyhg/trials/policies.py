@@ -4,7 +4,7 @@ Refinement costs more than the evaluation of a seed, and not every seed is worth
 
     Always(), Never()        all trials or none
     Fraction(p)              this part of them, by their numbers
-    Promising(quantile)      those whose seeds are among the best so far
+    Promising(quantile)      those whose seeds are among the best so far, for a share of the study's cost
     Budget(total_cost)       all, until the study has cost this much
 
 All trials get their values by one protocol, whatever is decided, so that ``study.best_trial`` compares them. Where α is
@@ -15,6 +15,7 @@ trains for as many steps under its seed.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,11 +88,14 @@ class Fraction:
 class Promising:
     """Refines a trial whose seed is among the best ``quantile`` of all seeds so far, its own included.
 
-    A seed's value is the one reported at outer step 0. It is compared with those of the study's complete trials.
+    A seed's value is the one reported at outer step 0. It is compared with those of the study's complete trials. Where
+    a few numbers decide, most of the budget is better spent on seeds: ``share`` leaves the rest of it to them.
 
     Args:
         quantile: The part of the seeds that is worth it, above 0 and up to 1.
         n_startup_trials: Refine all until this many trials are complete.
+        share: The part of the study's cost, see :class:`Cost`, that trials which were refined may have made up so far,
+            above 0 and up to 1; if they have made up more, this trial is not refined.
 
     Raises:
         ValueError: If a number is out of its range, or values are made online.
@@ -99,10 +103,12 @@ class Promising:
 
     quantile: float = 0.5
     n_startup_trials: int = 5
+    share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.quantile <= 1:
-            raise ValueError(f"quantile must be above 0 and up to 1, but got {self.quantile}.")
+        for name, part in (("quantile", self.quantile), ("share", self.share)):
+            if not 0 < part <= 1:
+                raise ValueError(f"{name} must be above 0 and up to 1, but got {part}.")
         if self.n_startup_trials < 0:
             raise ValueError(f"n_startup_trials must not be negative, but got {self.n_startup_trials}.")
 
@@ -116,7 +122,12 @@ class Promising:
         others = [t.intermediate_values[_SEED_STEP] for t in complete if _SEED_STEP in t.intermediate_values]
         rank = 1 + sum(other > seed_value if options.maximize else other < seed_value for other in others)
         promising = len(others) < self.n_startup_trials or rank <= self.quantile * (len(others) + 1)
-        return options.n_outer_steps if promising else 0
+        return options.n_outer_steps if promising and self._has_share_left(trial) else 0
+
+    def _has_share_left(self, trial: BaseTrial) -> bool:
+        ended = _ended(trial)
+        refined = [t for t in ended if records.was_refined(t)]
+        return self.share == 1 or _cost(refined) <= self.share * _cost(ended)
 
 
 @dataclass(frozen=True)
@@ -139,9 +150,7 @@ class Budget:
             raise ValueError(f"total_cost must not be negative, but got {self.total_cost}.")
 
     def n_outer_steps(self, trial: BaseTrial, seed_value: float | None, options: DescentOptions) -> int:
-        ended = _earlier(trial, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-        spent = sum(records.cost_of(t).total for t in ended)
-        return options.n_outer_steps if spent < self.total_cost else 0
+        return options.n_outer_steps if _cost(_ended(trial)) < self.total_cost else 0
 
 
 def decide(policy: Policy, trial: BaseTrial, seed_value: float | None, options: DescentOptions) -> int:
@@ -159,6 +168,14 @@ def decide(policy: Policy, trial: BaseTrial, seed_value: float | None, options: 
             f"as long as all others, but {policy} returns {n} of {most} outer steps; use evaluate='retrain'."
         )
     return n
+
+
+def _cost(trials: Iterable[FrozenTrial]) -> float:
+    return sum(records.cost_of(trial).total for trial in trials)
+
+
+def _ended(trial: BaseTrial) -> list[FrozenTrial]:
+    return _earlier(trial, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 def _earlier(trial: BaseTrial, *states: TrialState) -> list[FrozenTrial]:

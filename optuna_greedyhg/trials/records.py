@@ -122,6 +122,11 @@ def cost_of(trial: FrozenTrial) -> Cost:
     return Cost(**{f.name: trial.user_attrs.get(COST + f.name, 0) for f in fields(Cost)})
 
 
+def was_refined(trial: FrozenTrial) -> bool:
+    """Whether a trial was refined, and not only valued at its seed."""
+    return trial.user_attrs.get("refined") is True
+
+
 class Trajectory:
     """What every outer step has left behind, as columns that fit into one attribute.
 

@@ -155,7 +155,7 @@ def test_promising_trials_are_refined() -> None:
     expected = [k < 2 or sum(s < seed for s in seeds[:k]) + 1 <= (k + 1) / 2 for k, seed in enumerate(seeds)]
     assert refined(made) == expected
     assert set(expected[2:]) == {True, False}
-    assert made.trials[0].user_attrs["policy"] == "Promising(quantile=0.5, n_startup_trials=2)"
+    assert made.trials[0].user_attrs["policy"] == "Promising(quantile=0.5, n_startup_trials=2, share=1.0)"
 
 
 def test_promise_of_a_metric_that_is_maximized() -> None:
@@ -171,6 +171,41 @@ def test_online_the_promise_of_a_seed_is_not_known() -> None:
     with pytest.raises(ValueError, match=r"Promising\(.*use evaluate='retrain', or Fraction\(p\)"):
         run(ghg.Promising(), 1, made, evaluate="online")
     assert made.trials[0].intermediate_values == {}
+
+
+def costing(costs: list[tuple[int, bool]]) -> optuna.Study:
+    """A study of trials that have cost so much, and were refined or not; their seeds are worse and worse."""
+    made = study()
+    for k, (cost, was_refined) in enumerate(costs):
+        attributes = {"cost_n_train_gradients": cost, "refined": was_refined}
+        made.add_trial(optuna.create_trial(value=k, intermediate_values={0: k}, user_attrs=attributes))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("costs", "expected"),
+    [
+        ([], True),
+        ([(10, False)], True),
+        ([(10, False), (10, True)], True),
+        ([(10, False), (11, True)], False),
+        ([(11, True)], False),
+    ],
+)
+def test_promising_trials_are_refined_for_a_share_of_the_cost(costs: list[tuple[int, bool]], expected: bool) -> None:
+    made, options = costing(costs), ghg.DescentOptions()
+    assert ghg.Promising(1, share=0.5).n_outer_steps(made.ask(), -1.0, options) == (50 if expected else 0)
+    assert ghg.Promising(1).n_outer_steps(made.ask(), -1.0, options) == 50
+
+
+def test_a_study_keeps_the_share() -> None:
+    made = run(ghg.Promising(1, share=0.6), 12)
+    spent = spent_refined = 0.0
+    for trial in made.trials:
+        its = records.cost_of(trial).total
+        assert trial.user_attrs["refined"] == (spent_refined <= 0.6 * spent)
+        spent, spent_refined = spent + its, spent_refined + its * trial.user_attrs["refined"]
+    assert 2 <= sum(refined(made)) <= 10
 
 
 def test_a_budget_ends_refinement_and_not_the_study() -> None:
@@ -263,6 +298,8 @@ def test_a_fixed_trial(policy: ghg.Policy) -> None:
         (lambda: ghg.Fraction(1.5), "p must be from 0 to 1, but got 1.5"),
         (lambda: ghg.Fraction(math.nan), "p must be from 0 to 1, but got nan"),
         (lambda: ghg.Promising(0), "quantile must be above 0 and up to 1, but got 0"),
+        (lambda: ghg.Promising(0.5, share=0), "share must be above 0 and up to 1, but got 0"),
+        (lambda: ghg.Promising(0.5, share=math.nan), "share must be above 0 and up to 1, but got nan"),
         (lambda: ghg.Promising(0.5, n_startup_trials=-1), "n_startup_trials must not be negative, but got -1"),
         (lambda: ghg.Budget(-1), "total_cost must not be negative, but got -1"),
         (lambda: ghg.Budget(math.nan), "total_cost must not be negative, but got nan"),

@@ -1,18 +1,18 @@
 """Writes the table of docs/estimators.md anew, from what the estimators say of themselves.
 
-python docs/make_estimators_table.py
+python benchmarks/estimators_page.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import tables
 
 from optuna_greedyhg.hypergrad.estimators import ESTIMATORS
 
-PAGE = Path(__file__).with_name("estimators.md")
-BEGIN = "<!-- written by docs/make_estimators_table.py -->"
-END = "<!-- end of the table -->"
+PAGE = Path(__file__).parent.parent / "docs" / "estimators.md"
 HEADER = (
     "estimator",
     "online",
@@ -27,7 +27,7 @@ HEADER = (
 )
 
 
-def rows() -> Iterator[tuple[str, ...]]:
+def rows() -> Iterator[Sequence[str]]:
     """The table's cells, one row for each estimator."""
     for name, estimator in ESTIMATORS.items():
         traits = estimator.traits
@@ -46,18 +46,8 @@ def rows() -> Iterator[tuple[str, ...]]:
 
 
 def updated(page: str) -> str:
-    """The page with the table between its two marks written anew.
-
-    Raises:
-        ValueError: If a mark is missing.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"The page must have the lines {BEGIN!r} and {END!r}, between which the table goes.")
-    lines = (HEADER, ("---",) * len(HEADER), *rows())
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    """The page with its table written anew."""
+    return tables.updated(page, "estimators", tables.table(HEADER, rows()))
 
 
 def _yes(answer: bool) -> str:

@@ -1,6 +1,6 @@
 """Writes the tables of docs/benchmarks.md and of the README anew, from benchmarks/results and from nothing else.
 
-python docs/make_benchmarks_tables.py
+python benchmarks/benchmarks_page.py
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tables
+
 from optuna_greedyhg.report.comparison import LOSSES, MethodRow, Statistics, statistics_of
 from optuna_greedyhg.report.runs import run_from_json
 from optuna_greedyhg.report.wording import number, p_value, plus_minus
 from optuna_greedyhg.tasks import TASKS
 
-PAGE = Path(__file__).with_name("benchmarks.md")
-RESULTS = PAGE.parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).parent.parent
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 REFERENCE = "tpe"
-README = PAGE.parent.parent / "README.md"
 SUMMARY = ("task", "method", "test loss", "difference to tpe ± 95%", "seeds won", "p", "tpe's end reached")
 COMPARISON = (
     "method",
@@ -56,7 +58,7 @@ def summary(page: str = "") -> str:
         lines.append([f"[{task}]({page}#{task})", REFERENCE, number("test_loss", reference.scores["test_loss"].median)])
         lines[-1] += [""] * (len(SUMMARY) - len(lines[-1]))
         lines += [["", row.name, *_beside(row, its.n_seeds)] for row in its.rows if "+" in row.name]
-    return _table(SUMMARY, lines)
+    return tables.table(SUMMARY, lines)
 
 
 def _beside(row: MethodRow, n_seeds: int) -> list[str]:
@@ -86,7 +88,7 @@ def _section(task: str, content: Mapping[str, Any]) -> str:
     renewed = content.get("renewed", {"methods": []})
     again = f"    {renewed['command']}\n" if renewed["methods"] else ""
     lines = _lines(its, elsewhere=renewed["methods"])
-    return f"### {task}\n\n{how}\n\n    {content['command']}\n{again}\n{_table(COMPARISON, lines)}"
+    return f"### {task}\n\n{how}\n\n    {content['command']}\n{again}\n{tables.table(COMPARISON, lines)}"
 
 
 def _lines(its: Statistics, elsewhere: Sequence[str]) -> Iterator[list[str]]:
@@ -140,33 +142,20 @@ def _ablation(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{made_by['versions']['torch']}. All choices there are, on these seeds:"
     )
     command = f"python benchmarks/ablations.py --tasks {task} --seeds {n_seeds} --budget {budget:g}"
-    return f"{how}\n\n    {command}\n\n{_table(ABLATION, lines)}"
+    return f"{how}\n\n    {command}\n\n{tables.table(ABLATION, lines)}"
 
 
-def updated(page: str, tables: Mapping[str, str] | None = None) -> str:
-    """The page with what is between each two marks written anew; by default with all the tables of docs/benchmarks.md.
-
-    Raises:
-        ValueError: If a mark is missing.
-    """
-    tables = tables or {"summary": summary(), "comparisons": comparison_sections(), "ablations": ablations()}
-    for name, text in tables.items():
-        begin, end = f"<!-- {name}: written by docs/make_benchmarks_tables.py -->", f"<!-- end of {name} -->"
-        before, found, rest = page.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not found or not closed:
-            raise ValueError(f"The page must have the lines {begin!r} and {end!r}, between which {name} goes.")
-        page = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+def updated(page: str) -> str:
+    """The page with all its tables written anew."""
+    parts = {"summary": summary(), "comparisons": comparison_sections(), "ablations": ablations()}
+    for name, text in parts.items():
+        page = tables.updated(page, name, text)
     return page
 
 
 def updated_readme(page: str) -> str:
     """The README with its one table written anew."""
-    return updated(page, {"summary": summary("docs/benchmarks.md")})
-
-
-def _table(header: Sequence[str], lines: Iterator[list[str]] | list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *lines))
+    return tables.updated(page, "summary", summary("docs/benchmarks.md"))
 
 
 def _read(path: Path) -> Any:
