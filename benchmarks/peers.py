@@ -1,13 +1,15 @@
 """One hypergradient, by this package and by others: does each give the right answer, how long does it take, how much?
 
-Example weights, full batches of 100 and of 500 images, SGD with momentum 0.9; the paper's convolutional network and an
-MLP 784-256-256-10; T = 10 and 50. Every package runs what it offers on the same weights and data (``methods/``):
+Example weights, SGD with momentum 0.9; the paper's convolutional network and an MLP 784-256-256-10; T = 10 and 50, on
+full batches of 100 images, and of 500 for T = 10. Every package runs what it offers on the same weights and data
+(``methods/``):
 
 - the answer is compared first with that of the same formula in float64, by this package, and with the exact one;
 - the peak of memory is that in a process of the package's own;
 - times are taken in turns; shown is the median of the ratios to T plain training steps.
 
-`make bench-peers` builds an environment with all of the packages. What is not installed, or fails, is reported so.
+Settings that are in the file are not measured again. `make bench-peers` builds an environment with all of the packages.
+What is not installed, or fails, is reported so.
 
     python benchmarks/peers.py --out benchmarks/results/peers.json
     python benchmarks/performance_page.py    # writes its table into docs/performance.md
@@ -17,15 +19,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import environment
+import grid
 import tables
 import torch
 from methods import PACKAGES, ours
@@ -37,6 +37,7 @@ from torch import Tensor
 Row = dict[str, Any]
 
 DISTRIBUTIONS = ("optuna-greedyhg", "higher", "torchopt", "betty-ml", "gradhpo", "jax")
+SIZES = (10, 100), (10, 500), (50, 100)
 TOLERANCE = 0.1  # central differences over the kinks of ReLU have some percent; others 1e-7
 
 
@@ -44,24 +45,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--horizons", type=int, nargs="+", default=[10, 50], metavar="T")
-    parser.add_argument("--n-examples", type=int, nargs="+", default=[100, 500], metavar="N", help="in a batch")
+    parser.add_argument(
+        "--sizes", nargs="+", type=_size, default=SIZES, metavar="TxN", help="steps, examples in a batch"
+    )
     parser.add_argument("--packages", nargs="+", default=PACKAGES, choices=PACKAGES)
     parser.add_argument("--quick", action="store_true", help="T = 10 and 100 images, three repeats")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     use_threads(arguments.threads)
     if arguments.quick:
-        arguments.horizons, arguments.n_examples, arguments.repeats = [10], [100], 3
-    settings = [Setting(*its) for its in product(MODELS, arguments.horizons, arguments.n_examples)]
-    rows: list[Row] = []
-    for setting in settings:
-        its = measured(setting, arguments.packages, arguments.threads, arguments.repeats)
-        rows += its
-        print(f"\n{tables.setting(its[0])}\n\n{tables.peers(its)}", flush=True)
-        if arguments.out is not None:  # what there is already, as the whole takes long
-            described = {"packages": versions(), "repeats": arguments.repeats}
-            arguments.out.write_text(json.dumps({**environment.describe(), **described, "rows": rows}, indent=1) + "\n")
+        arguments.sizes, arguments.repeats = SIZES[:1], 3
+
+    def run(cell: grid.Cell) -> Row:
+        setting = Setting(cell["model"], cell["horizon"], cell["n_examples"])
+        its = measured(setting, cell["packages"], cell["threads"], cell["repeats"])
+        print(f"\n{tables.setting(cell)}\n\n{tables.peers(its)}\n", flush=True)
+        return {"methods": its, "versions": versions()}
+
+    common = {"packages": [*arguments.packages], "threads": arguments.threads, "repeats": arguments.repeats}
+    cells = [
+        {"model": model, "horizon": horizon, "n_examples": n_examples, **common}
+        for model, (horizon, n_examples) in product(MODELS, arguments.sizes)
+    ]
+    grid.run(arguments.out, cells, run)
+
+
+def _size(text: str) -> tuple[int, int]:
+    horizon, n_examples = text.split("x")
+    return int(horizon), int(n_examples)
 
 
 def measured(setting: Setting, packages: Sequence[str], n_threads: int, repeats: int) -> list[Row]:
@@ -73,10 +84,10 @@ def measured(setting: Setting, packages: Sequence[str], n_threads: int, repeats:
         try:
             methods, answers = methods_of(package), answers_of(package, setting, n_threads)
         except Exception as error:  # of any kind, in other people's code; the row says so
-            rows.append({**identity(package, "any", setting), "error": f"{type(error).__name__}: {error}"})
+            rows.append({"method": f"{package}: any", "error": f"{type(error).__name__}: {error}"})
             continue
         for name, method in methods.items():
-            row = identity(package, name, setting) | {"estimator": method.estimator}
+            row: Row = {"method": f"{package}: {name}", "estimator": method.estimator}
             rows.append(row)
             if answers[name].estimate is None:
                 row["error"] = answers[name].error
@@ -97,10 +108,6 @@ def timed(row: Row, times: Mapping[str, list[float]]) -> Row:
         "ratio": median_ratio(its, times["training"]),
         "ratio_to_ours": None if of_ours is None else median_ratio(its, of_ours),
     }
-
-
-def identity(package: str, method: str, setting: Setting) -> Row:
-    return {**asdict(setting), "method": f"{package}: {method}"}
 
 
 def judged(answer: Answer, expected: Tensor, exact: Tensor) -> Row:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +51,10 @@ def updated(page: str) -> str:
 
 def peers(result: Result) -> str:
     """One table for each network, horizon and batch, and what they were made with."""
-    parts = [f"**{which}**\n\n{tables.peers([*its])}" for which, its in groupby(result["rows"], tables.setting)]
-    versions = ", ".join(f"{name} {version or 'missing'}" for name, version in result["packages"].items())
-    return "\n\n".join([*parts, f"{versions}; {_machine(result)}."])
+    rows = result["rows"]
+    parts = [f"**{tables.setting(row['cell'])}**\n\n{tables.peers(row['result']['methods'])}" for row in rows]
+    versions = ", ".join(f"{name} {version or 'missing'}" for name, version in rows[0]["result"]["versions"].items())
+    return "\n\n".join([*parts, f"{versions}; {_machine(rows[0]['made_by'])}."])
 
 
 def growth(result: Result) -> str:

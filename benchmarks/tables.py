@@ -29,9 +29,9 @@ def peers(rows: Sequence[Row]) -> str:
     return of_columns(_PEERS, rows)
 
 
-def setting(row: Row) -> str:
-    """What all rows of one table of ``peers.py`` have in common."""
-    return f"{row['model']}, T = {row['horizon']}, batches of {row['n_examples']}"
+def setting(cell: Row) -> str:
+    """The problem of one table of ``peers.py``."""
+    return f"{cell['model']}, T = {cell['horizon']}, batches of {cell['n_examples']}"
 
 
 def growth(rows: Sequence[Row]) -> str:
