@@ -423,24 +423,25 @@ class InnerStep:
             through_w, through_z = self._through_gradient(u, to_state, reads)
             z_bar = {name: x + factor * through_z[name] if name in through_z else x for name, x in z_bar.items()}
             if to_state:
-                state_bar[0] = trees.add(state_bar[0], through_w)
+                state_bar[0] = trees.add(state_bar[0], through_w if factor == 1.0 else trees.scale(factor, through_w))
         if not to_state:
             return Covector({}), z_bar
         return Covector(state_bar[0], dict(zip(self.before.slots, state_bar[1:], strict=True))), z_bar
 
     def _through_rule(self, v: Covector, to_state: bool, to_alpha: bool) -> _ThroughRule:
         rule, before = self.rule, self.before
-        if pulls_back(rule) and not to_state:
+        if pulls_back(rule):
             made = Made(before.parameters, self.gradient, before.slots, self.theta, before.n_steps, self.after.slots)
-            factor, u, theta_bar = rule.pull_back(v.parameters, v.slots, made)
-            return _ThroughRule(factor, u, self.recipe.to_coordinates(theta_bar), [])
+            factor, u, theta_bar, w_bar, slots_bar = rule.pull_back(v.parameters, v.slots, made, to_state=to_state)
+            state_bar = [w_bar, *(slots_bar[kind] for kind in before.slots)] if to_state else []
+            return _ThroughRule(factor, u, self.recipe.to_coordinates(theta_bar) if to_alpha else {}, state_bar)
         update = self._take_update(to_state)
         outputs = [*update.parameters.values(), *(x for kind in v.slots for x in update.slots[kind].values())]
         cotangents = [*(v.parameters[k] for k in update.parameters)]
         cotangents += (v.slots[kind][k] for kind in v.slots for k in update.slots[kind])
         sources = [update.g, update.z if to_alpha else {}, *([update.w, *update.s.values()] if to_state else [])]
-        u, z_bar, *state_bar = _grad(outputs, sources, cotangents, retain_graph=self._held)
-        return _ThroughRule(1.0, u, z_bar, state_bar)
+        u, z_bar, *through_state = _grad(outputs, sources, cotangents, retain_graph=self._held)
+        return _ThroughRule(1.0, u, z_bar, through_state)
 
     def _through_gradient(self, u: Tensors, to_state: bool, reads: tuple[str, ...]) -> tuple[Tensors, Tensors]:
         """u·∇²_w L_train (empty unless ``to_state``) and u·∂g/∂α for the hyperparameters ``reads``."""

@@ -38,7 +38,7 @@ def sub(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensors:
     return {name: x[name] - y[name] for name in x}
 
 
-def scale(factor: float, x: Mapping[str, Tensor]) -> Tensors:
+def scale(factor: Tensor | float, x: Mapping[str, Tensor]) -> Tensors:
     """``factor·x``."""
     return {name: factor * x[name] for name in x}
 

@@ -93,23 +93,28 @@ class PulledBack(NamedTuple):
         factor: A number, by which a product with H entries is scaled in place of a ū with P.
         u: ū, but for the factor.
         theta: θ̄, 0-dimensional, for every θ that has a name in α.
+        parameters: w̄, on the weights w_{t−1}, without what goes through the gradient; empty if it was not asked for.
+        slots: Likewise s̄, on the state s_{t−1}.
     """
 
     factor: Tensor | float
     u: Tensors
     theta: Tensors
+    parameters: Tensors
+    slots: Slots
 
 
 class PullsBack(UpdateRule, Protocol):
     """An update rule that knows its own derivative."""
 
-    def pull_back(self, v: Tensors, on_slots: Slots, made: Made) -> PulledBack:
-        """ū and θ̄, with w_{t−1} and s_{t−1} held fixed.
+    def pull_back(self, v: Tensors, on_slots: Slots, made: Made, *, to_state: bool) -> PulledBack:
+        """ū and θ̄, and w̄ and s̄ if they are asked for.
 
         Args:
             v: On the weights w_t.
             on_slots: s̄, on the state s_t; kinds that are left out are zero.
             made: The step.
+            to_state: Whether w_{t−1} and s_{t−1} are not held fixed.
         """
 
 
@@ -170,12 +175,13 @@ class SGD:
         after = {k: _add_scaled(w, -lr, direction[k]) for k, w in parameters.items()}
         return after, {"momentum": m} if slots else {}
 
-    def pull_back(self, v: Tensors, on_slots: Slots, made: Made) -> PulledBack:
+    def pull_back(self, v: Tensors, on_slots: Slots, made: Made, *, to_state: bool) -> PulledBack:
         """With m̄ on the momentum, and ∂w/∂m = −lr:
 
-            ū = m̄ − lr·v,   lr̄ = −v·m_t,   μ̄ = ū·m_{t−1},   w̄d = ū·w_{t−1}
+            ū = m̄ − lr·v,   lr̄ = −v·m_t,   μ̄ = ū·m_{t−1},   w̄d = ū·w_{t−1},   w̄ = v + wd·ū,   m̄ ← μ·ū
 
-        nesterov: ū = m̄ − lr·(1 + μ)·v,   lr̄ = −v·(d + μ·m_t),   μ̄ = ū·m_{t−1} − lr·v·(m_t − m_{t−1})
+        nesterov: ū = m̄ − lr·(1 + μ)·v,   lr̄ = −v·(d + μ·m_t),   μ̄ = ū·m_{t−1} − lr·v·(m_t − m_{t−1}),
+        m̄ ← μ·(ū + lr·v)
         """
         lr, mu, wd = (made.theta[k] for k in ("lr", "momentum", "weight_decay"))
         factor, u = -lr * (1 + mu) if self.nesterov else -lr, v
@@ -194,7 +200,14 @@ class SGD:
         def to_weight_decay() -> Tensor:
             return factor * trees.dot(u, made.parameters)
 
-        return PulledBack(factor, u, _of_names(self, lr=to_lr, momentum=to_momentum, weight_decay=to_weight_decay))
+        theta_bar = _of_names(self, lr=to_lr, momentum=to_momentum, weight_decay=to_weight_decay)
+        if not to_state:
+            return PulledBack(factor, u, theta_bar, {}, {})
+        w_bar = _decayed(v, u, wd * factor)
+        m_bar = {k: mu * factor * x for k, x in u.items()}
+        if self.nesterov:
+            m_bar = {k: _add_scaled(x, mu * lr, v[k]) for k, x in m_bar.items()}
+        return PulledBack(factor, u, theta_bar, w_bar, {"momentum": m_bar} if made.slots else {})
 
     def _direction(self, d: Tensors, m: Tensors, mu: Tensor | float) -> Tensors:
         return {k: _add_scaled(d[k], mu, m[k]) for k in d} if self.nesterov else m
@@ -270,14 +283,15 @@ class Adam:
         after = {k: _add_scaled(w, -lr / bias1, m[k] / (_sqrt(v[k] / bias2) + eps)) for k, w in decayed.items()}
         return after, {"exp_avg": m, "exp_avg_sq": v}
 
-    def pull_back(self, v: Tensors, on_slots: Slots, made: Made) -> PulledBack:
+    def pull_back(self, v: Tensors, on_slots: Slots, made: Made, *, to_state: bool) -> PulledBack:
         """With s for the second moment, b_i = 1 − β_i^t, r = √(s_t/b2), h = r + ε and x = m_t/h, so that Δw = −lr/b1·x:
 
             m̄ ← m̄ − lr/b1·v/h,   h̄ = lr/b1·v·x/h,   s̄ ← s̄ + h̄/(2·b2·r),   ū = (1−β1)·m̄ + 2·(1−β2)·s̄·d,
             l̄r = −v·x/b1,   ε̄ = Σh̄,   w̄d = ū·w_{t−1},
-            β̄1 = m̄·(m_{t−1} − d) + lr·v·x·∂b1/∂β1/b1²,   β̄2 = s̄·(s_{t−1} − d²) − h̄·r/(2·b2)·∂b2/∂β2
+            β̄1 = m̄·(m_{t−1} − d) + lr·v·x·∂b1/∂β1/b1²,   β̄2 = s̄·(s_{t−1} − d²) − h̄·r/(2·b2)·∂b2/∂β2,
+            w̄ = v + wd·ū,   and on the state of t−1   β1·m̄,   β2·s̄
 
-        decoupled: w̄d = −lr·v·w_{t−1}, and l̄r has −wd·v·w_{t−1} as well
+        decoupled: w̄d = −lr·v·w_{t−1}, l̄r has −wd·v·w_{t−1} as well, and w̄ = (1 − lr·wd)·v
         """
         w, g, slots, theta, n_steps, slots_after = made
         lr, beta1, beta2, eps, wd = (theta[k] for k in ("lr", "beta1", "beta2", "eps", "weight_decay"))
@@ -315,7 +329,12 @@ class Adam:
             return -lr * trees.dot(v, w) if self.decoupled else trees.dot(u, w)
 
         named = _of_names(self, lr=to_lr, beta1=to_beta1, beta2=to_beta2, eps=to_eps, weight_decay=to_weight_decay)
-        return PulledBack(1.0, u, named)
+        if not to_state:
+            return PulledBack(1.0, u, named, {}, {})
+        w_bar = trees.scale(1 - lr * wd, v) if self.decoupled else _decayed(v, u, wd)
+        return PulledBack(
+            1.0, u, named, w_bar, {"exp_avg": trees.scale(beta1, m_bar), "exp_avg_sq": trees.scale(beta2, s_bar)}
+        )
 
     def preconditioner(self, slots: Slots, theta: Theta, n_steps: int) -> Tensors:
         bias2 = 1 - theta["beta2"] ** n_steps

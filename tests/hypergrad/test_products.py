@@ -130,6 +130,14 @@ def test_a_rules_own_pull_back_agrees_with_autograd_on_any_kinds_of_state(rule, 
         some = Covector(v.parameters, {kind: v.slots[kind] for kind in kinds})
         found, expected = (step_of(c, state, alpha, keep_graph=True).times_b(some) for c in (case, other))
         assert_agree(found, expected, rtol=1e-11)
+        (to_state, to_alpha), (expected_to_state, _) = (
+            step_of(c, state, alpha, keep_graph=True).times_ab(some) for c in (case, other)
+        )
+        assert_agree(to_alpha, expected, rtol=1e-11)
+        assert_agree(to_state.parameters, expected_to_state.parameters, rtol=1e-11)
+        assert set(to_state.slots) == set(state.slots)
+        for kind in state.slots:
+            assert_agree(to_state.slots[kind], expected_to_state.slots[kind], rtol=1e-11)
 
 
 @pytest.mark.parametrize("graph", GRAPHS)
