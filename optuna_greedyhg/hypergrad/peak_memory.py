@@ -75,7 +75,8 @@ class _LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
     if isinstance(tree, Tensor):
-        if tree.layout == torch.strided:  # the parts of sparse tensors have passed by, too
+        # The parts of sparse tensors have passed by, too; those on the meta device have no memory.
+        if tree.layout == torch.strided and not tree.is_meta:
             yield tree.untyped_storage()
     elif isinstance(tree, dict):
         for item in tree.values():

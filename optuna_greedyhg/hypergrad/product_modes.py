@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import GradientEdge, Node
 
 from optuna_greedyhg.hypergrad import trees
 from optuna_greedyhg.hypergrad.trees import Tensors
@@ -129,14 +130,14 @@ def along_by_differences(loss: Loss, w: Tensors, z: Tensors, u: Tensors, of_weig
     return Along(weights, coordinates)
 
 
-def require_whole(gradient: list[Tensor]) -> None:
-    """Raises ``RuntimeError`` if the gradient's graph is cut by a function that is differentiable once.
+def require_whole(edges: Iterable[GradientEdge]) -> None:
+    """Raises ``RuntimeError`` if a graph, at whose end these edges are, is cut by a function differentiable once.
 
     Autograd raises an error where it passes such a place, but on the way to α it never does: the graph ends there, and
     what lies behind would silently be taken for zero.
     """
     seen: set[Any] = set()
-    nodes = [g.grad_fn for g in gradient]
+    nodes: list[Node | None] = [edge.node for edge in edges]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:

@@ -17,13 +17,14 @@ statistics) are constants of the derivatives.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optuna_greedyhg.hypergrad import randomness, trees
@@ -219,15 +220,14 @@ class StepRecipe:
     def cook(self, state: TrainState, keep_graph: bool) -> InnerStep:
         """The step with the random numbers that come."""
         create_graph = keep_graph and self.products.mode.current is ProductMode.REVERSE
-        graph = self._gradient(state, create_graph=create_graph)
-        gradient = {name: g.detach() for name, g in graph.gradient.items()}
+        gradient, buffers, reads, graph = self._gradient(state, create_graph=create_graph)
         with_graph = keep_graph and not pulls_back(self.products.update_rule)
         update = self.update(state, gradient, with_graph=with_graph)
         parameters = {name: w.detach() for name, w in update.parameters.items()}
         slots = {kind: {name: x.detach() for name, x in tree.items()} for kind, tree in update.slots.items()}
-        after = TrainState(parameters, graph.buffers, slots, state.n_steps + 1)
-        kept = graph if create_graph and graph.reads else None
-        return InnerStep(self, state, after, gradient, graph.reads, kept, update if with_graph else None)
+        after = TrainState(parameters, buffers, slots, state.n_steps + 1)
+        kept = graph if create_graph and reads else None
+        return InnerStep(self, state, after, gradient, reads, kept, update if with_graph else None)
 
     def update(self, state: TrainState, gradient: Tensors, *, with_graph: bool, of_state: bool = False) -> _Update:
         """Φ(w_{t−1}, g, s_{t−1}, θ(α)), with its graph down to g and α, and to w and s if they are wanted."""
@@ -249,9 +249,9 @@ class StepRecipe:
         return _grad([*named.values()], [z], [theta_bar[key].to(x.dtype) for key, x in named.items()])[0]
 
     def graph_at(self, state: TrainState) -> _Graph:
-        """∇_w L_train at a state, with its graph, and with the random numbers that the step had."""
+        """The graph of ∇_w L_train at a state, with the random numbers that the step had."""
         with self._replayed():
-            return self._gradient(state, create_graph=True)
+            return self._gradient(state, create_graph=True).graph
 
     def along(self, mode: ProductMode, state: TrainState, u: Tensors, to_state: bool, reads: tuple[str, ...]) -> Along:
         """u·∇²_w L_train and u·∂g/∂α in a mode that needs no graph, with the random numbers that the step had."""
@@ -268,7 +268,7 @@ class StepRecipe:
     def _replayed(self) -> AbstractContextManager[None]:
         return randomness.restored(self.random_state, self.products.problem.device)
 
-    def _gradient(self, state: TrainState, *, create_graph: bool) -> _Graph:
+    def _gradient(self, state: TrainState, *, create_graph: bool) -> _Gradient:
         # The fused kernels of scaled dot-product attention have no second derivative; the plain one has.
         attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
         demand = Demand()
@@ -284,7 +284,11 @@ class StepRecipe:
         if convolutions is not None:
             self.products.convolves = convolutions.found
         self.products.cost.n_train_gradients += self.products.problem.n_examples(self.batch)
-        return _Graph(gradient, buffers, w, z, tuple(name for name in z if name in values.used), demand)
+        # A gradient that is constant in w and α (a loss linear in both) has no graph, and a derivative of zero.
+        edges = {name: get_gradient_edge(g) for name, g in gradient.items() if g.requires_grad}
+        detached = {name: g.detach() for name, g in gradient.items()}
+        reads = tuple(name for name in z if name in values.used)
+        return _Gradient(detached, buffers, reads, _Graph(edges, w, z, demand))
 
 
 class InnerStep:
@@ -337,6 +341,14 @@ class InnerStep:
         """The rule's coupled L2 penalty at α."""
         penalty = self.rule.penalty
         return self.recipe.products.values(self.recipe.alpha)[penalty] if isinstance(penalty, str) else penalty
+
+    def light(self) -> InnerStep:
+        """The step for one product, without the gradient and the optimizer's state if that reads neither."""
+        if self._graph is None or not pulls_back(self.rule) or not self.rule.is_linear:
+            return self
+        before, after = (replace(state, slots=_without_data(state.slots)) for state in (self.before, self.after))
+        gradient = {name: g.to("meta") for name, g in self.gradient.items()}
+        return InnerStep(self.recipe, before, after, gradient, self._reads, self._graph, None)
 
     @contextmanager
     def held(self) -> Iterator[InnerStep]:
@@ -463,12 +475,10 @@ class InnerStep:
         graph.demand.state = to_state
         w = graph.w if to_state else {}
         z = {name: graph.z[name] for name in reads}
-        # A gradient that is constant in w and α (a loss linear in both) has no graph, and a derivative of zero.
-        live = [name for name, g in graph.gradient.items() if g.requires_grad]
         if self.recipe.products.product_mode is None:
-            require_whole([graph.gradient[name] for name in live])
-        outputs, cotangents = [graph.gradient[name] for name in live], [u[name] for name in live]
-        return Along(*_grad(outputs, [w, z], cotangents, retain_graph=self._held))
+            require_whole(graph.edges.values())
+        cotangents = [u[name] for name in graph.edges]
+        return Along(*_grad([*graph.edges.values()], [w, z], cotangents, retain_graph=self._held))
 
     def _take_update(self, of_state: bool) -> _Update:
         """The step's update with its graph, which is there for one use, as the gradient's is."""
@@ -486,14 +496,21 @@ class InnerStep:
 
 
 class _Graph(NamedTuple):
-    """g = ∇_w L_train with, where it was asked for, its graph down to the leaves w and z (α's coordinates)."""
+    """The graph of g = ∇_w L_train without g itself: the edges at its end, and the leaves w and z (α's coordinates)."""
+
+    edges: Mapping[str, GradientEdge]
+    w: Tensors
+    z: Tensors
+    demand: Demand
+
+
+class _Gradient(NamedTuple):
+    """∇_w L_train at a state, the buffers after it, the hyperparameters that it reads, and its graph, empty or not."""
 
     gradient: Tensors
     buffers: Tensors
-    w: Tensors
-    z: Tensors
     reads: tuple[str, ...]
-    demand: Demand
+    graph: _Graph
 
 
 class _Update(NamedTuple):
@@ -517,7 +534,7 @@ class _ThroughRule(NamedTuple):
 
 
 def _grad(
-    outputs: list[Tensor],
+    outputs: Sequence[Tensor] | Sequence[GradientEdge],
     inputs: list[Tensors],
     cotangents: list[Tensor] | None = None,
     *,
@@ -541,6 +558,10 @@ def _grad(
     else:
         bars = iter([torch.zeros_like(x) for x in flat])
     return [{name: next(bars) for name in tree} for tree in inputs]
+
+
+def _without_data(slots: Slots) -> Slots:
+    return {kind: {name: x.to("meta") for name, x in tree.items()} for kind, tree in slots.items()}
 
 
 def _stacked_zeros(tree: Tensors, n: int) -> Tensors:

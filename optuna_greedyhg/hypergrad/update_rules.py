@@ -107,6 +107,10 @@ class PulledBack(NamedTuple):
 class PullsBack(UpdateRule, Protocol):
     """An update rule that knows its own derivative."""
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether Φ is linear in (w, g, s) with numbers for coefficients, so that its derivative reads none of them."""
+
     def pull_back(self, v: Tensors, on_slots: Slots, made: Made, *, to_state: bool) -> PulledBack:
         """ū and θ̄, and w̄ and s̄ if they are asked for.
 
@@ -161,6 +165,10 @@ class SGD:
     @property
     def moment(self) -> str | None:
         return None if self.momentum == 0.0 else "momentum"
+
+    @property
+    def is_linear(self) -> bool:
+        return not hyperparameter_names(self)
 
     def init(self, parameters: Tensors) -> Slots:
         return {} if self.momentum == 0.0 else {"momentum": trees.zeros_like(parameters)}
@@ -265,6 +273,10 @@ class Adam:
     @property
     def moment(self) -> str | None:
         return "exp_avg"
+
+    @property
+    def is_linear(self) -> bool:
+        return False
 
     def init(self, parameters: Tensors) -> Slots:
         return {"exp_avg": trees.zeros_like(parameters), "exp_avg_sq": trees.zeros_like(parameters)}

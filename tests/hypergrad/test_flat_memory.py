@@ -9,10 +9,13 @@ from tests.problems import CPU, Case, regression
 
 ONLINE = [name for name, estimator in ESTIMATORS.items() if estimator.traits.online]
 
+MOMENTUM = SGD(lr=0.01, momentum=0.9)
+N_BYTES = sum(x.nbytes for x in Case(regression(), SGD()).state_after(0).parameters.values())
 
-def peak(estimator, horizon):
+
+def peak(estimator, horizon, rule=MOMENTUM):
     """Of the first horizon, in which an estimator finds out what it carries on."""
-    case = Case(regression(), SGD(lr=0.01, momentum=0.9))
+    case = Case(regression(), rule)
     products, alpha, start = case.products(), case.alpha(), case.state_after(1)
 
     def make_step(before, t, keep_graph):
@@ -29,5 +32,12 @@ def test_peak_memory_does_not_grow_with_the_horizon(name):
 
 def test_that_of_reverse_mode_grows_by_the_states_of_every_step():
     ten, hundred = peak(Reverse(), 10), peak(Reverse(), 100)
-    n_bytes = sum(x.nbytes for x in Case(regression(), SGD()).state_after(0).parameters.values())
-    assert hundred - ten > 90 * 2 * n_bytes  # weights and momentum
+    assert hundred - ten > 90 * 2 * N_BYTES  # weights and momentum
+
+
+def test_with_graphs_kept_neither_gradients_nor_momentum_are_kept_unless_the_rule_needs_them():
+    kept = Reverse(keep_graphs=True)
+    by_numbers, by_alpha = (
+        peak(kept, 100, rule) - peak(kept, 10, rule) for rule in (MOMENTUM, SGD(lr="lr", momentum="momentum"))
+    )
+    assert by_alpha - by_numbers > 90 * 1.9 * N_BYTES

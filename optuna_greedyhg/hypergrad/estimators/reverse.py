@@ -55,7 +55,7 @@ class Reverse(Estimator[tuple[InnerStep, ...]]):
         return ()
 
     def observe(self, memory: tuple[InnerStep, ...], step: InnerStep) -> tuple[InnerStep, ...]:
-        return (*memory, step)
+        return (*memory, step.light())
 
     def estimate(self, memory: tuple[InnerStep, ...], end: InnerStep) -> Tensors:
         v = Covector(end.validation().gradient)
