@@ -84,6 +84,7 @@ CHOICES: dict[str, Choice] = {
     "no patience": Choice(settings={"patience": None}),
     "refines all": Choice(settings={"policy": Always()}),
     "refines half": Choice(settings={"policy": Fraction(0.5)}),
+    "refines the best third": Choice(settings={"policy": Promising(0.3)}),
     "refines the best tenth": Choice(settings={"policy": Promising(0.1)}),
     "refines the best third from the first": Choice(settings={"policy": Promising(0.3, n_startup_trials=0)}),
     "refines the best tenth from the first": Choice(settings={"policy": Promising(0.1, n_startup_trials=0)}),

@@ -42,7 +42,7 @@ class DigitsAugment:
         evaluate=Retrain(200),
         evaluate_every=10,
         patience=2,
-        policy=Promising(0.3),
+        policy=Promising(0.1, n_startup_trials=0, share=0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {name: high / 10 for name, high in MAGNITUDES.items()}
     diagnostics: ClassVar[tuple[str, ...]] = ()

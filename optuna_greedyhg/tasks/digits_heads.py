@@ -47,7 +47,7 @@ class DigitsHeads:
         evaluate=Retrain(300),
         evaluate_every=10,
         patience=2,
-        policy=Promising(0.3),
+        policy=Promising(0.1, n_startup_trials=0, share=0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 0.1, "weight_decay": 1e-4, **dict.fromkeys(_HEADS, 0.1)}
     diagnostics: ClassVar[tuple[str, ...]] = ()

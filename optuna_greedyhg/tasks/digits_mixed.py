@@ -43,7 +43,7 @@ class DigitsMixed:
         evaluate=Retrain(300),
         evaluate_every=10,
         patience=2,
-        policy=Promising(0.3),
+        policy=Promising(0.1, n_startup_trials=0, share=0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {
         "width": 32,

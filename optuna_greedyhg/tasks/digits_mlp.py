@@ -62,7 +62,7 @@ class DigitsMLP:
         evaluate=Retrain(300),
         evaluate_every=10,
         patience=2,
-        policy=Promising(0.3),
+        policy=Promising(0.1, n_startup_trials=0, share=0.3),
     )
     defaults: ClassVar[Mapping[str, Any]] = {
         "lr": 0.1,
