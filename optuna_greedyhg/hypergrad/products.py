@@ -43,7 +43,15 @@ from optuna_greedyhg.hypergrad.product_modes import (
 )
 from optuna_greedyhg.hypergrad.randomness import RandomState
 from optuna_greedyhg.hypergrad.trees import Tensors
-from optuna_greedyhg.hypergrad.update_rules import Made, Slots, Theta, UpdateRule, pulls_back, resolve
+from optuna_greedyhg.hypergrad.update_rules import (
+    Made,
+    Slots,
+    Theta,
+    UpdateRule,
+    has_constant_jacobian,
+    pulls_back,
+    resolve,
+)
 
 
 @dataclass(frozen=True)
@@ -343,12 +351,16 @@ class InnerStep:
         return self.recipe.products.values(self.recipe.alpha)[penalty] if isinstance(penalty, str) else penalty
 
     def light(self) -> InnerStep:
-        """The step for one product, without the gradient and the optimizer's state if that reads neither."""
-        if self._graph is None or not pulls_back(self.rule) or not self.rule.is_linear:
+        """The step for products with covectors alone, which takes over the graph of this one.
+
+        Where these read neither the gradient nor the optimizer's state, it has them without their data.
+        """
+        if not has_constant_jacobian(self.rule):
             return self
         before, after = (replace(state, slots=_without_data(state.slots)) for state in (self.before, self.after))
         gradient = {name: g.to("meta") for name, g in self.gradient.items()}
-        return InnerStep(self.recipe, before, after, gradient, self._reads, self._graph, None)
+        graph, self._graph = self._graph, None
+        return InnerStep(self.recipe, before, after, gradient, self._reads, graph, None)
 
     @contextmanager
     def held(self) -> Iterator[InnerStep]:
@@ -435,7 +447,8 @@ class InnerStep:
             through_w, through_z = self._through_gradient(u, to_state, reads)
             z_bar = {name: x + factor * through_z[name] if name in through_z else x for name, x in z_bar.items()}
             if to_state:
-                state_bar[0] = trees.add(state_bar[0], through_w if factor == 1.0 else trees.scale(factor, through_w))
+                is_one = isinstance(factor, float) and factor == 1.0  # to ask a tensor would wait for the device
+                state_bar[0] = trees.add(state_bar[0], through_w if is_one else trees.scale(factor, through_w))
         if not to_state:
             return Covector({}), z_bar
         return Covector(state_bar[0], dict(zip(self.before.slots, state_bar[1:], strict=True))), z_bar

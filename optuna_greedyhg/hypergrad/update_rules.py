@@ -7,10 +7,10 @@ rule's own hyperparameters θ is a number, or the *name* of a hyperparameter in 
 
     >>> SGD(lr="lr", momentum=0.9, weight_decay="weight_decay")
 
-Products with B_t need the *pull-back* of a covector (v, s̄) on (w_t, s_t) to g and to θ. Each of these rules has it
-beside its equation; that of any other rule is left to autograd:
+Products with B_t need the *pull-back* of a covector (v, s̄) on (w_t, s_t) to g and to θ, products with A_t that to w and
+s as well. Each of these rules has it beside its equation; that of any other rule is left to autograd:
 
-    ū = (v, s̄)·∂Φ/∂g,      θ̄ = (v, s̄)·∂Φ/∂θ
+    ū = (v, s̄)·∂Φ/∂g,      θ̄ = (v, s̄)·∂Φ/∂θ,      (w̄, s̄) ← (v, s̄)·∂Φ/∂(w, s)
 
 They are written here, and not taken from ``torch.optim``, because the derivatives of ``differentiable=True`` are
 refused or silently wrong for several of them (SGD's weight decay with momentum, nesterov momentum).
@@ -107,10 +107,6 @@ class PulledBack(NamedTuple):
 class PullsBack(UpdateRule, Protocol):
     """An update rule that knows its own derivative."""
 
-    @property
-    def is_linear(self) -> bool:
-        """Whether Φ is linear in (w, g, s) with numbers for coefficients, so that its derivative reads none of them."""
-
     def pull_back(self, v: Tensors, on_slots: Slots, made: Made, *, to_state: bool) -> PulledBack:
         """ū and θ̄, and w̄ and s̄ if they are asked for.
 
@@ -124,8 +120,21 @@ class PullsBack(UpdateRule, Protocol):
 
 def pulls_back(rule: UpdateRule) -> TypeGuard[PullsBack]:
     """Whether the rule has a pull-back of its own; one that is inherited does not belong to a step that is not."""
-    owners = {method: _owner(type(rule), method) for method in ("step", "pull_back")}
-    return owners["pull_back"] is not None and owners["pull_back"] is owners["step"]
+    return _comes_with_step(rule, "pull_back")
+
+
+def has_constant_jacobian(rule: UpdateRule) -> bool:
+    """Whether the rule's pull-back reads neither g nor s: Φ is linear in (w, g, s), and θ are numbers.
+
+    A rule says so by a property of this name, which does not belong to a step that was overridden either.
+    """
+    known = pulls_back(rule) and _comes_with_step(rule, "has_constant_jacobian")
+    return known and bool(rule.has_constant_jacobian)  # type: ignore[attr-defined]
+
+
+def _comes_with_step(rule: UpdateRule, member: str) -> bool:
+    owners = [next((cls for cls in type(rule).__mro__ if name in vars(cls)), None) for name in ("step", member)]
+    return owners[1] is not None and owners[0] is owners[1]
 
 
 @dataclass(frozen=True)
@@ -167,7 +176,7 @@ class SGD:
         return None if self.momentum == 0.0 else "momentum"
 
     @property
-    def is_linear(self) -> bool:
+    def has_constant_jacobian(self) -> bool:
         return not hyperparameter_names(self)
 
     def init(self, parameters: Tensors) -> Slots:
@@ -212,10 +221,12 @@ class SGD:
         if not to_state:
             return PulledBack(factor, u, theta_bar, {}, {})
         w_bar = _decayed(v, u, wd * factor)
-        m_bar = {k: mu * factor * x for k, x in u.items()}
+        if not made.slots:
+            return PulledBack(factor, u, theta_bar, w_bar, {})
+        m_bar = trees.scale(mu * factor, u)
         if self.nesterov:
             m_bar = {k: _add_scaled(x, mu * lr, v[k]) for k, x in m_bar.items()}
-        return PulledBack(factor, u, theta_bar, w_bar, {"momentum": m_bar} if made.slots else {})
+        return PulledBack(factor, u, theta_bar, w_bar, {"momentum": m_bar})
 
     def _direction(self, d: Tensors, m: Tensors, mu: Tensor | float) -> Tensors:
         return {k: _add_scaled(d[k], mu, m[k]) for k in d} if self.nesterov else m
@@ -273,10 +284,6 @@ class Adam:
     @property
     def moment(self) -> str | None:
         return "exp_avg"
-
-    @property
-    def is_linear(self) -> bool:
-        return False
 
     def init(self, parameters: Tensors) -> Slots:
         return {"exp_avg": trees.zeros_like(parameters), "exp_avg_sq": trees.zeros_like(parameters)}
@@ -388,10 +395,6 @@ def require_hyperparameters(rule: UpdateRule, hyperparameters: Mapping[str, Hype
 def resolve(rule: UpdateRule, alpha: Mapping[str, Tensor]) -> Theta:
     """θ(α): the rule's own hyperparameters with names replaced by α's values."""
     return {key: alpha[value] if isinstance(value, str) else value for key, value in rule.theta.items()}
-
-
-def _owner(rule: type, method: str) -> type | None:
-    return next((cls for cls in rule.__mro__ if method in vars(cls)), None)
 
 
 def _of_names(rule: UpdateRule, **terms: Callable[[], Tensor]) -> Tensors:

@@ -93,9 +93,10 @@ class Promising:
 
     Args:
         quantile: The part of the seeds that is worth it, above 0 and up to 1.
-        n_startup_trials: Refine all until this many trials are complete.
+        n_startup_trials: All seeds are good enough until this many trials are complete.
         share: The part of the study's cost, see :class:`Cost`, that trials which were refined may have made up so far,
-            above 0 and up to 1; if they have made up more, this trial is not refined.
+            above 0 and up to 1; while they have made up more, no trial is refined, however good its seed. Trials that
+            run beside this one are not counted, nor what a killed one has cost.
 
     Raises:
         ValueError: If a number is out of its range, or values are made online.
@@ -125,9 +126,10 @@ class Promising:
         return options.n_outer_steps if promising and self._has_share_left(trial) else 0
 
     def _has_share_left(self, trial: BaseTrial) -> bool:
+        if self.share == 1:
+            return True
         ended = _ended(trial)
-        refined = [t for t in ended if records.was_refined(t)]
-        return self.share == 1 or _cost(refined) <= self.share * _cost(ended)
+        return _cost(t for t in ended if records.was_refined(t)) <= self.share * _cost(ended)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from optuna_greedyhg.hypergrad.estimators import DrMAD, FirstOrder, Forward, Gre
 from optuna_greedyhg.hypergrad.products import Covector, TrainState
 from optuna_greedyhg.hypergrad.propagators import LastStep
 from optuna_greedyhg.hypergrad.spectral import Spectral
-from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW
+from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW, PulledBack, has_constant_jacobian, pulls_back
 from tests import reference
 from tests.problems import (
     CPU,
@@ -521,3 +521,26 @@ class TestImplicit:
         _, cost = fold(Implicit(Neumann(n_terms=3)), case, 5)
         assert cost.n_products == (3 + 1) * N_EXAMPLES
         assert cost.n_train_gradients == (5 + 1) * N_EXAMPLES
+
+
+class Cubed(SGD):
+    """A rule of a user with its own pull-back, w ← w − lr·g³, which is not linear as that of its base is."""
+
+    def step(self, parameters, gradient, slots, theta, n_steps):
+        return {name: w - theta["lr"] * gradient[name] ** 3 for name, w in parameters.items()}, {}
+
+    def pull_back(self, v, on_slots, made, *, to_state):
+        u = {name: 3 * made.gradient[name] ** 2 * x for name, x in v.items()}
+        return PulledBack(-made.theta["lr"], u, {}, v if to_state else {}, {})
+
+
+@pytest.mark.parametrize("keep_graphs", [False, True])
+def test_a_pull_back_of_a_users_own_has_all_that_it_reads(keep_graphs):
+    case = Case(SPECIMENS["minibatches"](), Cubed(lr=0.1))
+    assert pulls_back(case.rule)
+    assert not has_constant_jacobian(case.rule)
+    assert has_constant_jacobian(SGD(lr=0.1, momentum=0.9))
+    assert not has_constant_jacobian(SGD(lr="lr"))
+    assert not has_constant_jacobian(Adam())
+    found, _ = fold(Reverse(keep_graphs=keep_graphs), case, horizon=4, n_warm=2)
+    assert_agree(found, reference.exact(case, case.state_after(2), case.alpha(), 2, 4, SEED), rtol=1e-9)

@@ -30,14 +30,14 @@ def test_peak_memory_does_not_grow_with_the_horizon(name):
     assert peak(ESTIMATORS[name], 1000) <= 1.02 * peak(ESTIMATORS[name], 10)
 
 
-def test_that_of_reverse_mode_grows_by_the_states_of_every_step():
-    ten, hundred = peak(Reverse(), 10), peak(Reverse(), 100)
-    assert hundred - ten > 90 * 2 * N_BYTES  # weights and momentum
+@pytest.mark.parametrize(("rule", "n_trees"), [(MOMENTUM, 1), (SGD(lr="lr", momentum=0.9), 3)], ids=str)
+def test_that_of_reverse_mode_grows_by_the_weights_and_by_what_the_rule_reads(rule, n_trees):
+    """With the learning rate in α that is the gradient and the momentum."""
+    grown = peak(Reverse(), 100, rule) - peak(Reverse(), 10, rule)
+    assert 0.95 < grown / (90 * n_trees * N_BYTES) < 1.05
 
 
-def test_with_graphs_kept_neither_gradients_nor_momentum_are_kept_unless_the_rule_needs_them():
+def test_with_graphs_kept_too():
     kept = Reverse(keep_graphs=True)
-    by_numbers, by_alpha = (
-        peak(kept, 100, rule) - peak(kept, 10, rule) for rule in (MOMENTUM, SGD(lr="lr", momentum="momentum"))
-    )
+    by_numbers, by_alpha = (peak(kept, 100, r) - peak(kept, 10, r) for r in (MOMENTUM, SGD(lr="lr", momentum=0.9)))
     assert by_alpha - by_numbers > 90 * 1.9 * N_BYTES

@@ -43,9 +43,10 @@ def horizon_of(estimator, case):
     return lambda: fold(estimator, None, alpha, products.initial_state(), HORIZON, make_step)
 
 
+@pytest.mark.parametrize("rule", ["SGD", "momentum-decay"])
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_a_horizon_of_steps_and_products_waits_for_nothing(name):
-    run = horizon_of(ESTIMATORS[name], Case(SPECIMENS["dropout"](), UPDATE_RULES["momentum-decay"]))
+def test_a_horizon_of_steps_and_products_waits_for_nothing(name, rule):
+    run = horizon_of(ESTIMATORS[name], Case(SPECIMENS["dropout"](), UPDATE_RULES[rule]))
     assert waits_of(run) == {}
 
 

@@ -198,6 +198,15 @@ def test_promising_trials_are_refined_for_a_share_of_the_cost(costs: list[tuple[
     assert ghg.Promising(1).n_outer_steps(made.ask(), -1.0, options) == 50
 
 
+def test_pruned_and_failed_trials_count_in_the_share_and_running_ones_do_not() -> None:
+    for state in (TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING):
+        made, options = costing([(10, False)]), ghg.DescentOptions()
+        attributes = {"cost_n_train_gradients": 11, "refined": True}
+        made.add_trial(optuna.create_trial(state=state, intermediate_values={0: 1.0}, user_attrs=attributes))
+        expected = 50 if state == TrialState.RUNNING else 0
+        assert ghg.Promising(1, share=0.5).n_outer_steps(made.ask(), -1.0, options) == expected
+
+
 def test_a_study_keeps_the_share() -> None:
     made = run(ghg.Promising(1, share=0.6), 12)
     spent = spent_refined = 0.0

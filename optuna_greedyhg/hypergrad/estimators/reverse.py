@@ -27,7 +27,8 @@ class Reverse(Estimator[tuple[InnerStep, ...]]):
     weights have done to these is left out, a difference of some percent.
 
     Costs 2T−1 products, one validation gradient, and T more training gradients, because each step is replayed rather
-    than its graph kept; memory O(T·P) for the states.
+    than its graph kept; memory O(T·P) for the weights of every step, and for its gradient and optimizer state where the
+    update rule's derivative reads them.
 
     Args:
         keep_graphs: Whether to keep the graphs of all steps, and with them all activations, instead of replaying.
