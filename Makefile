@@ -61,7 +61,7 @@ $(PEERS_INSTALLED): pyproject.toml constraints.txt benchmarks/methods/requiremen
 	@touch $@
 
 bench-peers: $(PEERS_INSTALLED)  ## Compare with other packages, in an environment of their own; half an hour.
-	$(PEERS)/bin/python benchmarks/peers.py --out benchmarks/results/peers.json
+	$(PEERS)/bin/python benchmarks/peers.py --again --out benchmarks/results/peers.json
 
 clean:  ## Remove the environments and the caches.
 	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache build dist

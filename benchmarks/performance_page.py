@@ -52,9 +52,11 @@ def updated(page: str) -> str:
 def peers(result: Result) -> str:
     """One table for each network, horizon and batch, and what they were made with."""
     rows = result["rows"]
+    (versions, machine), *others = ((row["result"]["versions"], _machine(row["made_by"])) for row in rows)
+    assert all(other == (versions, machine) for other in others), "the rows must be of one machine and its packages"
     parts = [f"**{tables.setting(row['cell'])}**\n\n{tables.peers(row['result']['methods'])}" for row in rows]
-    versions = ", ".join(f"{name} {version or 'missing'}" for name, version in rows[0]["result"]["versions"].items())
-    return "\n\n".join([*parts, f"{versions}; {_machine(rows[0]['made_by'])}."])
+    named = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
+    return "\n\n".join([*parts, f"{named}; {machine}."])
 
 
 def growth(result: Result) -> str:

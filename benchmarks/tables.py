@@ -63,8 +63,9 @@ def _number(key: str, form: str) -> Callable[[Row], str]:
 
 def _formula(row: Row) -> str:
     if "error" in row:
-        return f"fails: {row['error']}"
-    return f"{row['formula_error']:.0e}" + ("" if row["right"] else ", **wrong**")
+        kind, _, message = row["error"].partition(": ")
+        return message if kind == "NotImplementedError" else f"fails: {row['error']}"
+    return f"{row['formula_error']:.0e}" + ("" if row["right"] else ", **off**")
 
 
 def _quantity(value: float, quantity: str) -> str:
