@@ -68,3 +68,9 @@ def interval(values: list[float]) -> tuple[float, float]:
     if n < 2:
         return statistics.fmean(values), math.nan
     return statistics.fmean(values), float(student_t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+
+
+def plus_minus(values: list[float]) -> str:
+    """The mean and its interval in words; the value alone where there is but one."""
+    mean, half_width = interval(values)
+    return f"{mean:.2f}" if math.isnan(half_width) else f"{mean:.2f} ± {half_width:.2f}"

@@ -126,7 +126,7 @@ def table(rows: list[grid.Row], dataset: str, share: float) -> str:
         results = [row["result"] for row in rows if row["cell"]["method"] == method]
         if results:
             accuracies = (
-                "{:.2f} ± {:.2f}".format(*grid.interval([result[key] for result in results]))
+                grid.plus_minus([result[key] for result in results])
                 for key in ("val_accuracy", "test_accuracy", "val_accuracy_at_end", "test_accuracy_at_end")
             )
             weights = (grid.interval([result[key] for result in results])[0] for key in cleaning.DIAGNOSTICS)

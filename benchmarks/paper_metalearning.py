@@ -243,7 +243,7 @@ def table(rows: list[grid.Row], setting: Setting, n_way: int) -> str:
 
 def _cells(results: list[dict[str, Any]], suffix: str = "") -> list[str]:
     keys = (f"{split}_accuracy{suffix}" for split in ("val", "test"))
-    return ["{:.2f} ± {:.2f}".format(*grid.interval([result[key] for result in results])) for key in keys]
+    return [grid.plus_minus([result[key] for result in results]) for key in keys]
 
 
 if __name__ == "__main__":
