@@ -50,6 +50,7 @@ from optuna_greedyhg.tasks import TASKS, DataError, DigitsCleaning, make_objecti
 from optuna_greedyhg.tasks.comparison import compare_with_refined
 from optuna_greedyhg.tasks.methods import SAMPLERS
 from optuna_greedyhg.tasks.spending import OtherStudyError, open_study
+from optuna_greedyhg.trials.policies import Always
 from optuna_greedyhg.trials.refine import Callback
 
 USAGE = 2
@@ -145,7 +146,7 @@ def run(
     json_file: JsonFile = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run a study of one task, or carry one on."""
+    """Run a study of one task, all of whose trials are refined, or carry one on."""
     console = Console(quiet=quiet)
     name = task.value
     require_writable(json_file, "--json")
@@ -155,6 +156,7 @@ def run(
         problem.settings,
         horizon=horizon or problem.settings.horizon,
         n_outer_steps=outer_steps or problem.settings.n_outer_steps,
+        policy=Always(),  # a task's own is for a budget, of which seeds are to have their share
     )
     identity: dict[str, Any] = {"task": name, "task_seed": seed}
     if isinstance(settings.evaluate, Online):  # whose values depend on how long training went on

@@ -33,7 +33,7 @@ class Settings:
         outer_lr: That of Adam, which moves α.
         outer_decay: What it is multiplied with after every outer step.
         trust_radius: How far a coordinate may go from its seed; ``None`` is as far as it likes.
-        policy: Which trials are refined.
+        policy: Which trials are refined, where a budget is to be shared with seeds.
         inherit: Whether tensors start where the best trial of the study has ended, where there is a store of artifacts;
             not for those whose start the sampler draws.
     """

@@ -123,7 +123,7 @@ class DigitsL2:
         evaluate_every=5,
         trust_radius=0.25,
         patience=2,
-        policy=Promising(0.3),
+        policy=Promising(0.1, n_startup_trials=0, share=0.4),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"strength": 1e-3}
     diagnostics: ClassVar[tuple[str, ...]] = ()

@@ -51,7 +51,7 @@ class _Tabular:
         evaluate_every=5,
         trust_radius=0.25,
         patience=2,
-        policy=Promising(0.3),
+        policy=Promising(0.1, n_startup_trials=0, share=0.4),
     )
     defaults: ClassVar[Mapping[str, Any]] = {"l2_level": 1e-3, "l1_level": 1e-4}
     diagnostics: ClassVar[tuple[str, ...]] = ()

@@ -103,7 +103,7 @@ def test_one_refined_trial_ends_better_than_its_seed(name: str) -> None:
     protocol = task.settings.evaluate if name == "digits-warp" else ghg.Retrain(100)
     # What helps against overfitting helps when it has begun.
     n, every = {"digits-heads": (20, 10), "digits-augment": (20, 20)}.get(name, (10, 5))
-    settings = replace(task.settings, n_outer_steps=n, evaluate_every=every, evaluate=protocol)
+    settings = replace(task.settings, n_outer_steps=n, evaluate_every=every, evaluate=protocol, policy=ghg.Always())
     study.optimize(make_objective(task, estimator=ghg.Greedy(), settings=settings), n_trials=1)
     (done,) = study.trials
     assert done.value is not None
