@@ -1,7 +1,8 @@
 """What each choice around the hypergradient is worth: studies of TPE with refinement in which one thing is otherwise.
 
 A cell is a study that may cost a number of full trainings, counted in passes (``Prices()``), so that its rows are the
-same on every machine of a kind. ``usual`` is the task as it is; every other cell changes one choice.
+same on every machine of a kind. ``usual`` is the task as it is, with all trials refined, so that choices within a
+refinement show; every other cell changes one choice.
 
     python benchmarks/ablations.py --out benchmarks/results/ablations.json
 
@@ -82,7 +83,6 @@ CHOICES: dict[str, Choice] = {
     "no radius": Choice(settings={"trust_radius": None}),
     "no rebase": Choice(settings={"rebase": False}),
     "no patience": Choice(settings={"patience": None}),
-    "refines all": Choice(settings={"policy": Always()}),
     "refines half": Choice(settings={"policy": Fraction(0.5)}),
     "refines the best third": Choice(settings={"policy": Promising(0.3)}),
     "refines the best tenth": Choice(settings={"policy": Promising(0.1)}),
@@ -133,7 +133,7 @@ def run(cell: grid.Cell) -> dict[str, Any]:
     choice, task = CHOICES[cell["choice"]], make_task(cell["task"], seed=cell["seed"])
     numbers = {name: getattr(task.settings, name) for name in choice.factors}
     scaled = {name: type(number)(number * choice.factors[name]) for name, number in numbers.items()}
-    settings = replace(task.settings, **scaled, **choice.settings)
+    settings = replace(task.settings, **{"policy": Always(), **scaled, **choice.settings})
     if choice.horizon is not None:
         n_steps = settings.horizon * settings.n_outer_steps
         settings = replace(settings, horizon=choice.horizon, n_outer_steps=n_steps // choice.horizon)
