@@ -333,7 +333,7 @@ class TestPrice:
         short, long = (
             audited(case, horizon=horizon).run({"reverse": Reverse(), "greedy": Greedy()}) for horizon in (4, 12)
         )
-        assert long[0].peak_bytes - short[0].peak_bytes == 8 * 2 * state  # the weights and the gradient of every step
+        assert long[0].peak_bytes - short[0].peak_bytes == 8 * state  # the weights of every step
         assert long[1].peak_bytes == short[1].peak_bytes > 0
 
     def test_memory_counts_what_was_carried_into_the_window(self):
