@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
+from grid import interval
 
 from optuna_greedyhg.report.comparison import LOSSES, MethodRow, Statistics, statistics_of
 from optuna_greedyhg.report.runs import run_from_json
@@ -34,8 +35,19 @@ COMPARISON = (
     "test",
     "seconds",
 )
-ABLATION = ("choice", "seeds", "validation loss", "test loss", "on the way, validation", "test", "refined trials")
-_KEYS = ("val_loss", "test_loss", "mean_val_loss", "mean_test_loss")
+USUAL = "usual"
+ABLATION = (
+    "choice",
+    "seeds",
+    "validation loss",
+    "test loss",
+    f"validation, to {USUAL}'s ± 95%",
+    "test",
+    "on the way, validation",
+    "test",
+    "refined trials",
+)
+_PAIRED = ("val_loss", "test_loss", "mean_val_loss", "mean_test_loss")
 
 
 def comparisons() -> dict[str, dict[str, Any]]:
@@ -119,7 +131,7 @@ def _share(reached: float) -> str:
 
 
 def ablations() -> str:
-    """A table for every task: medians over seeds of studies in which one choice is otherwise."""
+    """A table for every task: studies in which one choice is otherwise, beside the usual ones of the same seeds."""
     path = RESULTS / "ablations.json"
     rows = _read(path)["rows"] if path.exists() else []
     by_task: dict[str, list[dict[str, Any]]] = {}
@@ -131,18 +143,34 @@ def ablations() -> str:
 def _ablation(rows: Sequence[Mapping[str, Any]]) -> str:
     made_by, (task, budget) = rows[-1]["made_by"], (rows[0]["cell"][key] for key in ("task", "budget"))
     n_seeds = 1 + max(row["cell"]["seed"] for row in rows)
-    lines = []
-    for choice in dict.fromkeys(row["cell"]["choice"] for row in rows):
-        results = [row["result"] for row in rows if row["cell"]["choice"] == choice]
-        medians = {key: statistics.median(result[key] for result in results) for key in results[0]}
-        scores = [number("val_loss", medians[key]) for key in _KEYS]
-        lines.append([choice, f"{len(results)}", *scores, f"{medians['n_refined']:.0f} of {medians['n_trials']:.0f}"])
+    by_choice: dict[str, dict[int, Mapping[str, float]]] = {}
+    for row in rows:
+        by_choice.setdefault(row["cell"]["choice"], {})[row["cell"]["seed"]] = row["result"]
+    lines = [_choice_line(choice, its, by_choice[USUAL]) for choice, its in by_choice.items()]
     how = (
-        f"Medians over seeds, {budget:g} full trainings each, on {made_by['machine']['processor']}, torch "
-        f"{made_by['versions']['torch']}. All choices there are, on these seeds:"
+        f"{budget:g} full trainings each, on {made_by['machine']['processor']}, torch {made_by['versions']['torch']}. "
+        "All choices there are, on these seeds:"
     )
     command = f"python benchmarks/ablations.py --tasks {task} --seeds {n_seeds} --budget {budget:g}"
     return f"{how}\n\n    {command}\n\n{tables.table(ABLATION, lines)}"
+
+
+def _choice_line(
+    choice: str, its: Mapping[int, Mapping[str, float]], usual: Mapping[int, Mapping[str, float]]
+) -> list[str]:
+    """Medians over all its seeds, and mean differences to the usual studies of the same seeds."""
+    medians = {key: statistics.median(result[key] for result in its.values()) for key in next(iter(its.values()))}
+    differences = [
+        "" if choice == USUAL else plus_minus(key, *interval([its[seed][key] - usual[seed][key] for seed in its]))
+        for key in _PAIRED
+    ]
+    return [
+        choice,
+        f"{len(its)}",
+        *(number(key, medians[key]) for key in LOSSES),
+        *differences,
+        f"{medians['n_refined']:.0f} of {medians['n_trials']:.0f}",
+    ]
 
 
 def updated(page: str) -> str:

@@ -40,6 +40,7 @@ METHODS = "defaults,random,tpe,tpe+greedy,tpe+spectral"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", required=True)
+    parser.add_argument("--data", type=Path, help="folder of the tasks that read one")
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--budget", default="100", help="in full trainings")
     parser.add_argument("--seeds", default="5")
@@ -56,7 +57,7 @@ def main() -> None:
     else:
         content = json.loads(path.read_text(encoding="utf-8"))
         store = open_artifacts(arguments.artifacts)
-        new = renewed(content, arguments.renew.split(","), arguments.storage, store)
+        new = renewed(content, arguments.renew.split(","), arguments.storage, store, arguments.data)
         write_whole(path, json.dumps(new, indent=1) + "\n")
 
 
@@ -65,6 +66,8 @@ def run(arguments: argparse.Namespace, path: Path) -> None:
     names = ("task", "methods", "budget", "seeds", "storage", "artifacts")
     options = {name: str(getattr(arguments, name)) for name in names}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    if arguments.data is not None:
+        words += ["--data", str(arguments.data)]
     try:
         greedyhg(["compare", *words, "--device", "cpu", "--json", str(path)])
     except SystemExit as end:
@@ -74,12 +77,14 @@ def run(arguments: argparse.Namespace, path: Path) -> None:
     write_whole(path, json.dumps({**environment.describe(), **found}, indent=1) + "\n")
 
 
-def renewed(content: dict[str, Any], names: list[str], storage: str, store: ArtifactStore | None) -> dict[str, Any]:
+def renewed(
+    content: dict[str, Any], names: list[str], storage: str, store: ArtifactStore | None, folder: Path | None
+) -> dict[str, Any]:
     """The content of a file with the rows of some methods made anew, on its seeds, prices and budget."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
     runs = compare(
-        lambda seed: make_task(content["task"], seed=seed),
+        lambda seed: make_task(content["task"], seed=seed, folder=folder),
         [method_named(name) for name in names],
         range(content["seeds"]),
         storage=optuna.storages.get_storage(storage),

@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, choices=[0.3, 0.5], default=[0.5, 0.3], metavar="P")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--n-outer-steps", type=int, default=200)
-    parser.add_argument("--val-batch", type=int, default=500)
+    parser.add_argument("--val-batch", type=int, default=100)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=None)

@@ -50,7 +50,7 @@ class FashionCleaning:
         "Fashion-MNIST from a folder of idx files, half of the labels corrupted: 1000 example weights"
     )
     settings: ClassVar[Settings] = Settings(
-        horizon=10, n_outer_steps=200, outer_lr=0.1, evaluate=Online(), evaluate_every=10
+        horizon=10, n_outer_steps=200, outer_lr=0.1, evaluate=Online(), evaluate_every=10, inherit=True
     )
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 0.1}
     diagnostics: ClassVar[tuple[str, ...]] = cleaning.DIAGNOSTICS
@@ -61,7 +61,7 @@ class FashionCleaning:
         seed: int = 0,
         device: torch.device | str = "cpu",
         share: float = 0.5,
-        val_batch: int = 1000,
+        val_batch: int = 100,
     ) -> None:
         if folder is None:
             raise DataError(f"{self.name} needs a data folder with Fashion-MNIST's four idx files.")

@@ -35,6 +35,7 @@ class FashionWeights:
         seed: Seeds the splits, corruption and initial weights.
         device: Where to compute.
         share: The share of training labels that are replaced.
+        val_batch: Number of validation images that one hypergradient term sees.
 
     Raises:
         DataError: If there is no folder, or its files cannot be read.
@@ -45,13 +46,18 @@ class FashionWeights:
         "Fashion-MNIST from a folder of idx files, half of the labels corrupted: 50 000 example weights, minibatches"
     )
     settings: ClassVar[Settings] = Settings(
-        horizon=10, n_outer_steps=300, outer_lr=0.1, evaluate=Online(), evaluate_every=25
+        horizon=10, n_outer_steps=300, outer_lr=0.1, evaluate=Online(), evaluate_every=25, inherit=True
     )
     defaults: ClassVar[Mapping[str, Any]] = {"lr": 0.05}
     diagnostics: ClassVar[tuple[str, ...]] = cleaning.DIAGNOSTICS
 
     def __init__(
-        self, folder: Path | None, seed: int = 0, device: torch.device | str = "cpu", share: float = 0.5
+        self,
+        folder: Path | None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        share: float = 0.5,
+        val_batch: int = 100,
     ) -> None:
         if folder is None:
             raise DataError(f"{self.name} needs a data folder with Fashion-MNIST's four idx files.")
@@ -62,7 +68,7 @@ class FashionWeights:
         held_out, chosen = order[: len(order) // 6], order[len(order) // 6 :]
         noisy, self.is_wrong = cleaning.corrupt(labels[chosen], share, N_CLASSES, generator)
         self._train = TensorDataset(*(x.to(device) for x in (images[chosen], noisy, torch.arange(len(chosen)))))
-        self._val = batched(images[held_out].to(device), labels[held_out].to(device), EVAL_BATCH)
+        self._val = batched(images[held_out].to(device), labels[held_out].to(device), val_batch)
         self._test = batched(test_images.to(device), test_labels.to(device), EVAL_BATCH)
         self._device = torch.device(device)
         self._seed = seed
