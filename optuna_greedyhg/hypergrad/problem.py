@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 
 from optuna_greedyhg.hypergrad import batches, likeness, randomness, trees
@@ -35,6 +36,12 @@ from optuna_greedyhg.hypergrad.domains import Hyperparameter
 from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.randomness import RandomState
 from optuna_greedyhg.hypergrad.trees import Tensors
+
+_NO_HOOKS = (
+    "A model must be called without hooks on saved tensors, but there are some, as those of torch.utils.checkpoint: "
+    "they would compute activations again by the module's own weights, and not by those of the training step. Call "
+    "the module's parts directly; where memory is short, use BilevelProblem(product_mode=ProductMode.FORWARD)."
+)
 
 
 class Model:
@@ -63,7 +70,8 @@ class Model:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tensors = {**self._parameters, **self._constants, **self._outer(), **self.buffers}
         # To look for tied weights takes as long as a small layer does: it is done once, by the problem.
-        output = functional_call(self._module, tensors, args, kwargs, tie_weights=self._tied)
+        with disable_saved_tensors_hooks(_NO_HOOKS):
+            output = functional_call(self._module, tensors, args, kwargs, tie_weights=self._tied)
         self.buffers = {name: tensors[name] for name in self.buffers}  # some modules assign a buffer anew
         return output
 
@@ -94,7 +102,9 @@ class BilevelProblem:
 
     Args:
         model: The module to train.
-        train_loss: ``(model, alpha, batch) -> L_train``, a 0-dimensional tensor, differentiable twice.
+        train_loss: ``(model, alpha, batch) -> L_train``, a 0-dimensional tensor, differentiable twice. What it computes
+            from the weights and then cuts off (``.detach()``, ``torch.no_grad()``) makes derivatives of its gradient
+            that are not symmetric: products with B are right in reverse alone, those with A nowhere.
         val_loss: ``(model, alpha, batch) -> L_val``, a 0-dimensional tensor; also the loss reported on the test split.
         train_batches: A ``DataLoader``, a list, an endless iterator, or one full batch (a tensor, a dictionary, or a
             tuple of tensors).

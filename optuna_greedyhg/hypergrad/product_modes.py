@@ -9,6 +9,10 @@
   next layer has read them. About 3F.
 - *Differences*: (∇L(w + ε·u, α) − ∇L(w − ε·u, α)) / 2ε, for operators that have no second derivative of either kind.
   Two gradients; right to 1e-3 in float32 and to 1e-8 in float64.
+
+They are the same where g is the whole gradient of L. Of a loss with a part that is cut off (``.detach()``,
+``no_grad``), second derivatives are not symmetric: in reverse that part is a constant, u·∂g/∂α is right, and u·∂g/∂w
+lacks what it would do; forward and by differences, it moves with w in places, and neither is right.
 """
 
 from __future__ import annotations
@@ -16,15 +20,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
-from optuna_greedyhg.hypergrad import trees
+from optuna_greedyhg.hypergrad import graphs, trees
 from optuna_greedyhg.hypergrad.trees import Tensors
+
+_SHORTENED = {"LinalgSolveExBackward0", "LinalgSlogdetBackward0", "LinalgDetBackward0"}
+"""Operators whose gradient PyTorch computes by a shorter formula, without a tangent, where it makes no graph."""
 
 Loss = Callable[[Tensors, Tensors], Tensor]
 """L(w, z), z being α's coordinates."""
@@ -131,26 +138,21 @@ def along_by_differences(loss: Loss, w: Tensors, z: Tensors, u: Tensors, of_weig
 
 
 def require_whole(edges: Iterable[GradientEdge]) -> None:
-    """Raises ``RuntimeError`` if a graph, at whose end these edges are, is cut by a function differentiable once.
-
-    Autograd raises an error where it passes such a place, but on the way to α it never does: the graph ends there, and
-    what lies behind would silently be taken for zero.
-    """
-    seen: set[Any] = set()
-    nodes: list[Node | None] = [edge.node for edge in edges]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__ == "Error":
-            raise RuntimeError("trying to differentiate twice a torch.autograd.Function with @once_differentiable")
-        seen.add(node)
-        nodes.extend(before for before, _ in node.next_functions)
+    """Raises ``RuntimeError`` if a graph, at whose end these edges are, is cut by a function differentiable once."""
+    if graphs.is_cut(graphs.behind(edge.node for edge in edges)):
+        raise RuntimeError("trying to differentiate twice a torch.autograd.Function with @once_differentiable")
 
 
 def _gradient(loss: Tensor, sources: list[Tensors]) -> list[Tensors]:
     flat = [x for tree in sources for x in tree.values()]
-    bars = iter(torch.autograd.grad(loss, flat, allow_unused=True, materialize_grads=True) if flat else ())
+    if not flat or not loss.requires_grad:  # nothing is asked for, or the loss reads α without depending on it
+        return [trees.zeros_like(tree) for tree in sources]
+    names = {node.name() for node in graphs.behind([loss.grad_fn])}
+    bars = iter(
+        torch.autograd.grad(
+            loss, flat, create_graph=not names.isdisjoint(_SHORTENED), allow_unused=True, materialize_grads=True
+        )
+    )
     return [{name: next(bars) for name in tree} for tree in sources]
 
 
@@ -163,4 +165,5 @@ def _is_refusal(error: RuntimeError) -> bool:
     """Whether an operator has no second derivative; PyTorch has no class of errors for it."""
     text = str(error).lower()
     refusals = ("not implemented", "double backward", "differentiate twice", "forward ad")
-    return isinstance(error, NotImplementedError) or any(refusal in text for refusal in refusals)
+    of_dtype = "not implemented for '" in text  # which a loss says of a tensor of the wrong kind
+    return isinstance(error, NotImplementedError) or (any(r in text for r in refusals) and not of_dtype)

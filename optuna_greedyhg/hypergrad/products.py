@@ -27,9 +27,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from optuna_greedyhg.hypergrad import randomness, trees
+from optuna_greedyhg.hypergrad import graphs, randomness, trees
 from optuna_greedyhg.hypergrad.batches import Batch, Stream
-from optuna_greedyhg.hypergrad.convolution import Demand, LeanConvolutions
 from optuna_greedyhg.hypergrad.cost import Cost
 from optuna_greedyhg.hypergrad.domains import Domain, Unbounded, Values
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
@@ -42,6 +41,7 @@ from optuna_greedyhg.hypergrad.product_modes import (
     require_whole,
 )
 from optuna_greedyhg.hypergrad.randomness import RandomState
+from optuna_greedyhg.hypergrad.second_derivatives import Demand, SecondDerivatives, inputs_of_convolutions
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import (
     Made,
@@ -63,9 +63,14 @@ class TrainState:
     slots: Slots
     n_steps: int
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What a step changes and the next one starts from: weights and the optimizer's state."""
+        return [x for tree in (self.parameters, *self.slots.values()) for x in tree.values()]
+
     def is_finite(self) -> bool:
-        """Whether no weight is NaN or infinite."""
-        return trees.all_finite(self.parameters.values())
+        """Whether nothing in it is NaN or infinite; Adam with an infinite moment leaves the weights where they are."""
+        return trees.all_finite(self.tensors)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ class Products:
         self.val_stream: Stream = problem.val_stream()
         self.cost = Cost()
         self.mode = ModeInUse(problem.product_mode)
-        self.convolves = True  # until the loss has shown that it does not: to look for convolutions takes time
+        self.intercepts = True  # until the loss has shown that there is nothing to replace: to look for it takes time
         self._domains = dict(domains)
 
     @property
@@ -234,7 +239,7 @@ class StepRecipe:
         parameters = {name: w.detach() for name, w in update.parameters.items()}
         slots = {kind: {name: x.detach() for name, x in tree.items()} for kind, tree in update.slots.items()}
         after = TrainState(parameters, buffers, slots, state.n_steps + 1)
-        kept = graph if create_graph and reads else None
+        kept = graph if reads else None
         return InnerStep(self, state, after, gradient, reads, kept, update if with_graph else None)
 
     def update(self, state: TrainState, gradient: Tensors, *, with_graph: bool, of_state: bool = False) -> _Update:
@@ -259,13 +264,15 @@ class StepRecipe:
     def graph_at(self, state: TrainState) -> _Graph:
         """The graph of ∇_w L_train at a state, with the random numbers that the step had."""
         with self._replayed():
-            return self._gradient(state, create_graph=True).graph
+            graph = self._gradient(state, create_graph=True).graph
+        assert graph is not None
+        return graph
 
     def along(self, mode: ProductMode, state: TrainState, u: Tensors, to_state: bool, reads: tuple[str, ...]) -> Along:
         """u·∇²_w L_train and u·∂g/∂α in a mode that needs no graph, with the random numbers that the step had."""
 
         def loss(w: Tensors, z: Tensors) -> Tensor:
-            with self._replayed(), sdpa_kernel(SDPBackend.MATH):  # which has a forward derivative, too
+            with self._replayed(), _plain_attention():
                 values = self.products.values({**self.alpha, **z})
                 # Lanes have a loss each; nothing couples them, so that the derivatives of the sum are theirs.
                 return self.products.problem.train(w, state.buffers, values, self.batch)[0].sum()
@@ -277,26 +284,27 @@ class StepRecipe:
         return randomness.restored(self.random_state, self.products.problem.device)
 
     def _gradient(self, state: TrainState, *, create_graph: bool) -> _Gradient:
-        # The fused kernels of scaled dot-product attention have no second derivative; the plain one has.
-        attention = sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
         demand = Demand()
-        lean = create_graph and not self.products.problem.vectorized and self.products.convolves
-        convolutions = LeanConvolutions(demand) if lean else None
+        intercepts = create_graph and not self.products.problem.vectorized and self.products.intercepts
+        operators = SecondDerivatives(demand) if intercepts else None
         w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
         values = self.products.values(z)
-        with torch.enable_grad(), attention:
-            with convolutions or nullcontext():
+        versions = {name: x._version for name, x in w.items()}
+        with torch.enable_grad(), _plain_attention() if create_graph else nullcontext():
+            with operators or nullcontext():
                 loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)
             _require_gradient(loss, "train_loss")
-            (gradient,) = _grad([loss], [w], [torch.ones_like(loss)], create_graph=create_graph)
-        if convolutions is not None:
-            self.products.convolves = convolutions.found
+            # Of a constant, the derivative would leave out what a function that is differentiable once makes of it.
+            one = torch.ones_like(loss, requires_grad=create_graph)
+            (gradient,) = _grad([loss], [w], [one], create_graph=create_graph)
+        _require_unwritten(w, versions)
+        _require_dense(gradient)
+        if operators is not None:
+            self.products.intercepts = operators.found
         self.products.cost.n_train_gradients += self.products.problem.n_examples(self.batch)
-        # A gradient that is constant in w and α (a loss linear in both) has no graph, and a derivative of zero.
-        edges = {name: get_gradient_edge(g) for name, g in gradient.items() if g.requires_grad}
         detached = {name: g.detach() for name, g in gradient.items()}
         reads = tuple(name for name in z if name in values.used)
-        return _Gradient(detached, buffers, reads, _Graph(edges, w, z, demand))
+        return _Gradient(detached, buffers, reads, _graph(loss, gradient, w, z, demand) if create_graph else None)
 
 
 class InnerStep:
@@ -402,28 +410,34 @@ class InnerStep:
 
         Args:
             tangents: Z = d(w_{t−1}, s_{t−1})/dα; ``None`` is zero.
+
+        Raises:
+            RuntimeError: If ``torch.func`` computes another gradient than the step has had: for tensors that are not
+                contiguous, it may fill a dropout mask in another order.
         """
         recipe, before = self.recipe, self.before
         problem, rule = recipe.products.problem, recipe.products.update_rule
         n_coordinates = sum(z.numel() for z in recipe.alpha.values())
 
-        def phi(w: Tensors, s: Slots, z: Tensors) -> tuple[Tensors, Slots]:
+        def phi(w: Tensors, s: Slots, z: Tensors) -> tuple[tuple[Tensors, Slots], Tensors]:
             alpha = recipe.products.values(z)
             g = torch.func.grad(lambda w: problem.train(w, before.buffers, alpha, recipe.batch)[0])(w)
-            return rule.step(w, g, s, resolve(rule, alpha), before.n_steps)
+            return rule.step(w, g, s, resolve(rule, alpha), before.n_steps), g
 
-        def push(dw: Tensors, ds: Slots, dz: Tensors) -> tuple[Tensors, Slots]:
+        def push(dw: Tensors, ds: Slots, dz: Tensors) -> tuple[tuple[Tensors, Slots], Tensors]:
             primals = (before.parameters, before.slots, recipe.alpha)
-            pushed: tuple[Tensors, Slots] = torch.func.jvp(phi, primals, (dw, ds, dz))[1]
-            return pushed
+            # Three results, as has_aux says, which the function's type does not.
+            _, pushed, gradient = torch.func.jvp(phi, primals, (dw, ds, dz), has_aux=True)  # type: ignore[misc]
+            return pushed, gradient
 
         if tangents is None:
             slots = {kind: _stacked_zeros(tree, n_coordinates) for kind, tree in before.slots.items()}
             tangents = Tangents(_stacked_zeros(before.parameters, n_coordinates), slots)
         example = next(iter(before.parameters.values()))
         basis = trees.unflatten(torch.eye(n_coordinates, dtype=problem.dtype, device=example.device), recipe.alpha)
-        with randomness.restored(recipe.random_state, problem.device):
-            pushed = torch.func.vmap(push, randomness="same")(tangents.parameters, tangents.slots, basis)
+        with randomness.restored(recipe.random_state, problem.device), _plain_attention():
+            pushed, gradients = torch.func.vmap(push, randomness="same")(tangents.parameters, tangents.slots, basis)
+        _require_same({name: g[0] for name, g in gradients.items()}, self.gradient)
         recipe.products.cost.n_products += n_coordinates * problem.n_examples(recipe.batch)
         return Tangents(*pushed)
 
@@ -461,9 +475,10 @@ class InnerStep:
             state_bar = [w_bar, *(slots_bar[kind] for kind in before.slots)] if to_state else []
             return _ThroughRule(factor, u, self.recipe.to_coordinates(theta_bar) if to_alpha else {}, state_bar)
         update = self._take_update(to_state)
-        outputs = [*update.parameters.values(), *(x for kind in v.slots for x in update.slots[kind].values())]
-        cotangents = [*(v.parameters[k] for k in update.parameters)]
-        cotangents += (v.slots[kind][k] for kind in v.slots for k in update.slots[kind])
+        pairs = [(x, v.parameters[k]) for k, x in update.parameters.items()]
+        pairs += [(x, v.slots[kind][k]) for kind in v.slots for k, x in update.slots[kind].items()]
+        moving = [(x, x_bar) for x, x_bar in pairs if x.requires_grad]  # a count of steps depends on nothing
+        outputs, cotangents = ([pair[i] for pair in moving] for i in (0, 1))
         sources = [update.g, update.z if to_alpha else {}, *([update.w, *update.s.values()] if to_state else [])]
         u, z_bar, *through_state = _grad(outputs, sources, cotangents, retain_graph=self._held)
         return _ThroughRule(1.0, u, z_bar, through_state)
@@ -485,10 +500,10 @@ class InnerStep:
 
     def _through_graph(self, u: Tensors, to_state: bool, reads: tuple[str, ...]) -> Along:
         graph = self._take_graph()
-        graph.demand.state = to_state
+        graph.demand.inputs = to_state or graph.through_convolutions
         w = graph.w if to_state else {}
         z = {name: graph.z[name] for name in reads}
-        if self.recipe.products.product_mode is None:
+        if graph.calls_python:
             require_whole(graph.edges.values())
         cotangents = [u[name] for name in graph.edges]
         return Along(*_grad([*graph.edges.values()], [w, z], cotangents, retain_graph=self._held))
@@ -515,6 +530,19 @@ class _Graph(NamedTuple):
     w: Tensors
     z: Tensors
     demand: Demand
+    through_convolutions: bool
+    """Whether a convolution's input or weights depend on α."""
+    calls_python: bool
+    """Whether there is a ``torch.autograd.Function`` of the user's, which may be differentiable once."""
+
+
+def _graph(loss: Tensor, gradient: Tensors, w: Tensors, z: Tensors, demand: Demand) -> _Graph:
+    # A gradient that is constant in w and α (a loss linear in both) has no graph, and a derivative of zero.
+    edges = {name: get_gradient_edge(g) for name, g in gradient.items() if g.requires_grad}
+    nodes = graphs.behind([loss.grad_fn])
+    inputs = inputs_of_convolutions(nodes)
+    through_convolutions = bool(inputs) and graphs.reach(graphs.behind(inputs), z.values())
+    return _Graph(edges, w, z, demand, through_convolutions, any(map(graphs.is_of_python, nodes)))
 
 
 class _Gradient(NamedTuple):
@@ -523,7 +551,7 @@ class _Gradient(NamedTuple):
     gradient: Tensors
     buffers: Tensors
     reads: tuple[str, ...]
-    graph: _Graph
+    graph: _Graph | None
 
 
 class _Update(NamedTuple):
@@ -573,12 +601,47 @@ def _grad(
     return [{name: next(bars) for name in tree} for tree in inputs]
 
 
+def _plain_attention() -> AbstractContextManager[None]:
+    """Scaled dot-product attention by its plain kernel: the fused ones have no second derivative, of either kind."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 def _without_data(slots: Slots) -> Slots:
     return {kind: {name: x.to("meta") for name, x in tree.items()} for kind, tree in slots.items()}
 
 
 def _stacked_zeros(tree: Tensors, n: int) -> Tensors:
     return {name: x.new_zeros(n, *x.shape) for name, x in tree.items()}
+
+
+def _require_same(replayed: Tensors, gradient: Tensors) -> None:
+    """Dropout with another mask makes another gradient; another order of summation does not, at this tolerance."""
+    distance, length = trees.norm(trees.sub(replayed, gradient)), trees.norm(gradient)
+    if distance > torch.finfo(length.dtype).eps ** (1 / 3) * length:  # of NaN, nothing is said here
+        raise RuntimeError(
+            "A step and its derivative must draw the same random numbers, but under torch.func the gradient is "
+            f"{distance / length:.0%} off the step's: a dropout mask is filled in another order there if its tensor is "
+            "not contiguous. Make it .contiguous(), or use Reverse(), which needs no torch.func."
+        )
+
+
+def _require_unwritten(w: Tensors, versions: Mapping[str, int]) -> None:
+    for name, x in w.items():
+        if x._version != versions[name]:
+            raise ValueError(
+                f"The model must not write into its weights when it is called, but it has changed {name!r} in place, "
+                "which changes the weights that trainings start from, too. Leave out max_norm of nn.Embedding, and "
+                "normalize what the embedding returns."
+            )
+
+
+def _require_dense(gradient: Tensors) -> None:
+    for name, g in gradient.items():
+        if g.layout != torch.strided:
+            raise ValueError(
+                f"The gradient of all weights must be dense, but that of {name!r} is {g.layout}; make the embedding "
+                "with sparse=False."
+            )
 
 
 def _require_gradient(loss: Tensor, name: str) -> None:

@@ -153,7 +153,7 @@ def _roll_out(works: Sequence[Horizon], lanes: Sequence[_Lane]) -> list[RollOut]
     _charge(lanes, products.cost)
     validated, n = folded.end.validated, len(works)
     losses = [] if validated is None else [validated.loss]
-    is_finite = trees.finite_entries([*folded.end.after.parameters.values(), *folded.estimate.values(), *losses])
+    is_finite = trees.finite_entries([*folded.end.after.tensors, *folded.estimate.values(), *losses])
     states = _unstack(folded.end.after, [work.state.n_steps + work.n_steps for work in works])
     hypergradients = trees.unstack(folded.estimate, n)
     val_losses = [None] * n if validated is None else list(validated.loss.unbind())

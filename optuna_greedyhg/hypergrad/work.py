@@ -110,7 +110,7 @@ class RollOut(NamedTuple):
         hypergradient: The estimate, or the mean of the episodes'.
         val_loss: The validation loss at the end, or the mean of the episodes'; ``None`` if the estimator did not ask.
         carried: What the estimator has kept.
-        is_finite: Whether no weight, no hypergradient and no loss in it is NaN or infinite.
+        is_finite: Whether nothing in it is NaN or infinite: state, hypergradient, loss.
     """
 
     state: TrainState
@@ -157,7 +157,7 @@ class Horizon:
         val_loss = None if validated is None else validated.loss
         state, hypergradient = folded.end.after, folded.estimate
         asked = [] if val_loss is None else [val_loss]
-        is_finite = trees.all_finite([*state.parameters.values(), *hypergradient.values(), *asked])
+        is_finite = trees.all_finite([*state.tensors, *hypergradient.values(), *asked])
         return RollOut(state, hypergradient, val_loss, folded.carried, is_finite)
 
     def fold(self, products: Products) -> Folded:

@@ -26,7 +26,7 @@ class Forward(Estimator[Tangents | None]):
     """The exact hypergradient for a few hyperparameters: online, without a sweep back.
 
     Costs H·T products and one validation gradient; memory O(P·H), whatever T is. The training loss must be one that
-    ``torch.func`` can differentiate.
+    ``torch.func`` can differentiate. Buffers are constants of the derivatives, as they are for :class:`Reverse`.
     """
 
     traits: ClassVar[Traits] = Traits(

@@ -31,7 +31,8 @@ class Reverse(Estimator[tuple[InnerStep, ...]]):
     update rule's derivative reads them.
 
     Args:
-        keep_graphs: Whether to keep the graphs of all steps, and with them all activations, instead of replaying.
+        keep_graphs: Whether to keep the graphs of all steps, and with them all activations, instead of replaying; not
+            those of steps in which the update rule alone reads α.
     """
 
     keep_graphs: bool = False

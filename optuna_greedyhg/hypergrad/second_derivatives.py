@@ -1,20 +1,25 @@
-"""Convolutions whose second derivative computes what is asked for, and no more.
+"""Operators whose second derivative is another than PyTorch's, which computes too much, or is wrong.
 
-PyTorch's second derivative of a convolution y = x ∗ w always gives all three of its results, for the gradient ȳ, the
-input x and the weights w, whichever of them are wanted. A product u·∂g/∂α needs the first alone. With X, W and B for
-the cotangents on the first derivative's results, ȳ ∗ᵀ w, x ∗ᵀ ȳ and Σȳ for input, weights and bias, they are
+*Convolutions.* PyTorch's second derivative of y = x ∗ w always gives all three of its results, for the gradient ȳ, the
+input x and the weights w, whichever of them are wanted. A product u·∂g/∂α needs the first alone, unless α lies behind
+x or w. With X, W and B for the cotangents on the first derivative's results, ȳ ∗ᵀ w, x ∗ᵀ ȳ and Σȳ for input, weights
+and bias, they are
 
     for ȳ:  X ∗ w + x ∗ W + B          for x:  ȳ ∗ᵀ W          for w:  X ∗ᵀ ȳ
+
+*Weight normalization*, w = g·v/‖v‖, is a fused operator in PyTorch, whose second derivative there fails PyTorch's own
+check. Here it is computed as it is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 _N_DIMENSIONS: dict[Callable[..., Tensor], int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
@@ -27,10 +32,10 @@ class Demand:
     Autograd knows which results are wanted, and does not tell a function of Python's.
 
     Attributes:
-        state: Whether derivatives with respect to weights, and so to activations, are wanted.
+        inputs: Whether the derivatives for x and w are wanted: if the product is with weights, or α lies behind them.
     """
 
-    state: bool = True
+    inputs: bool = True
 
 
 Wanted = tuple[bool, bool, bool]
@@ -57,11 +62,11 @@ class _Geometry(NamedTuple):
         return x_bar, w_bar, bias_bar
 
 
-class LeanConvolutions(TorchFunctionMode):
-    """Within it, ``torch.conv1d``, ``conv2d`` and ``conv3d`` have this second derivative, whoever calls them.
+class SecondDerivatives(TorchFunctionMode):
+    """Within it, these operators have these second derivatives, whoever calls them.
 
     Attributes:
-        found: Whether there has been one that has it.
+        found: Whether there has been one.
     """
 
     def __init__(self, demand: Demand) -> None:
@@ -78,7 +83,22 @@ class LeanConvolutions(TorchFunctionMode):
             self.found = True
             x, w, bias, geometry = taken
             return _Convolution.apply(x, w, bias, geometry, self._demand)  # type: ignore[no-untyped-call]
+        if function is torch._weight_norm:  # what torch.nn.utils.parametrizations.weight_norm calls; private there, too
+            self.found = True
+            return _weight_norm(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def inputs_of_convolutions(nodes: Iterable[Node]) -> list[Node | None]:
+    """Where the derivatives for x and w go to, of those convolutions among a graph's nodes that were taken over."""
+    known = {f"{cls.__name__}Backward" for cls in (_Convolution, _PulledBack)}
+    return [before for node in nodes if type(node).__name__ in known for before, _ in node.next_functions]
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    others = [i for i in range(v.ndim) if i != dim % v.ndim]
+    norm: Tensor = torch.linalg.vector_norm(v, dim=None if dim == -1 else others, keepdim=dim != -1)
+    return v * (g / norm)
 
 
 def _taken(
@@ -93,10 +113,16 @@ def _taken(
 ) -> tuple[Tensor, Tensor, Tensor | None, _Geometry] | None:
     """The arguments of a convolution, if it is one that can be taken over."""
     plain = type(input) is Tensor and input.ndim == n + 2  # an example without a batch, or a tensor of another kind
-    if not plain or isinstance(padding, str) or torch.is_autocast_enabled(input.device.type):
+    if not plain or isinstance(padding, str) or torch.is_autocast_enabled(input.device.type) or _in_transform():
         return None
     geometry = _Geometry(_repeated(stride, n), _repeated(padding, n), _repeated(dilation, n), groups)
     return input, weight, bias, geometry
+
+
+def _in_transform() -> bool:
+    """Whether a loss is using ``torch.func`` itself, in which torch.autograd.Function asks the same, in private."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active
 
 
 def _repeated(size: int | Sequence[int], n: int) -> list[int]:
@@ -130,7 +156,6 @@ class _PulledBack(torch.autograd.Function):
         return geometry.pull_back(y_bar, x, w, wanted)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, X: Tensor | None, W: Tensor | None, B: Tensor | None) -> tuple[Tensor | None, ...]:
         y_bar, x, w = ctx.saved_tensors
         geometry = ctx.geometry
@@ -141,7 +166,7 @@ class _PulledBack(torch.autograd.Function):
             terms.append(geometry.convolve(X, w, None))
         for_y = terms[0].add_(terms[1]) if len(terms) == 2 else next(iter(terms), None)
         for_x, for_w = None, None
-        if ctx.demand.state:
+        if ctx.demand.inputs:
             if W is not None and ctx.needs_input_grad[1]:
                 for_x, *_ = geometry.pull_back(y_bar, x, W, (True, False, False))
             if X is not None and ctx.needs_input_grad[2]:

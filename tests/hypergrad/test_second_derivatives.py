@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optuna_greedyhg.hypergrad.convolution import Demand, LeanConvolutions
+from optuna_greedyhg.hypergrad.second_derivatives import Demand, SecondDerivatives
 
 CONVOLUTIONS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 GEOMETRIES = [
@@ -45,7 +45,7 @@ def test_all_derivatives_are_those_of_torch(n: int, geometry: dict[str, int], bi
         return CONVOLUTIONS[n](x, w, b, **geometry)
 
     expected = derivatives(convolve, leaves)
-    with LeanConvolutions(Demand()):
+    with SecondDerivatives(Demand()):
         result = derivatives(convolve, leaves)
     assert type(result[0].grad_fn).__name__ == "_ConvolutionBackward"
     for a, b in zip(result, expected, strict=True):
@@ -65,7 +65,7 @@ def test_cotangents_that_are_missing(given: tuple[int, ...]) -> None:
         return torch.autograd.grad(chosen, [y_bar, *leaves], [g.detach() for g in chosen], materialize_grads=True)
 
     expected = derivatives()
-    with LeanConvolutions(Demand()):
+    with SecondDerivatives(Demand()):
         result = derivatives()
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -75,17 +75,17 @@ def test_without_demand_only_the_way_to_the_gradient_is_computed() -> None:
     torch.manual_seed(0)
     x, w, y_bar = random(2, 3, 5, 5, requires_grad=True), random(4, 3, 3, 3), random(2, 4, 3, 3, requires_grad=True)
     w.requires_grad_()
-    demand = Demand(state=False)
-    with LeanConvolutions(demand):
+    demand = Demand(inputs=False)
+    with SecondDerivatives(demand):
         first = torch.autograd.grad(torch.conv2d(x, w), [x, w], y_bar, create_graph=True)
     cotangents = [g.detach() for g in first]
     calls = {}
-    for demand.state in (False, True):
+    for demand.inputs in (False, True):
         with torch.profiler.profile() as profiler:
             (result,) = torch.autograd.grad(first, [y_bar], cotangents, retain_graph=True)
         expected = torch.conv2d(cotangents[0], w) + torch.conv2d(x, cotangents[1])
         torch.testing.assert_close(result, expected)
-        calls[demand.state] = sum(event.count for event in profiler.key_averages() if "convolution" in event.key)
+        calls[demand.inputs] = sum(event.count for event in profiler.key_averages() if "convolution" in event.key)
     assert calls[False] < calls[True]
 
 
@@ -99,9 +99,9 @@ def test_without_demand_only_the_way_to_the_gradient_is_computed() -> None:
 )
 def test_it_reaches_into_modules(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    with LeanConvolutions(Demand()) as lean:
+    with SecondDerivatives(Demand()) as operators:
         assert type(layer(x).grad_fn).__name__ == "_ConvolutionBackward"
-    assert lean.found
+    assert operators.found
 
 
 @pytest.mark.parametrize(
@@ -114,16 +114,16 @@ def test_it_reaches_into_modules(layer: nn.Module, shape: tuple[int, ...]) -> No
 )
 def test_what_it_does_not_know_is_left_to_torch(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    with LeanConvolutions(Demand()) as lean:
+    with SecondDerivatives(Demand()) as operators:
         y = layer(x)
-    assert not lean.found
+    assert not operators.found
     assert type(y.grad_fn).__name__ != "_ConvolutionBackward"
     torch.testing.assert_close(y, layer(x))
 
 
 def test_mixed_precision_is_left_to_torch() -> None:
     layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
-    with LeanConvolutions(Demand()), torch.autocast("cpu", dtype=torch.bfloat16):
+    with SecondDerivatives(Demand()), torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     assert type(y.grad_fn).__name__ != "_ConvolutionBackward"
