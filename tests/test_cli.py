@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,11 @@ def test_quiet_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert (captured.out, captured.err) == ("", "")
 
 
+def test_it_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert greedyhg("--version") == 0
+    assert capsys.readouterr().out == f"{version('optuna-greedyhg')}\n"
+
+
 def test_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert greedyhg("tasks") == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
@@ -137,6 +143,9 @@ RUN = ("run", "--task", "digits-l2")
         ((*RUN, "--sampler", "nope"), "'nope' is not one of 'tpe'"),
         ((*RUN, "--n-trials", "0"), "--n-trials"),
         ((*RUN, "--gamma", "1.5"), "--gamma"),
+        ((*RUN, "--estimator", "t1t2", "--gamma", "0.1"), "t1t2 has no γ"),
+        ((*RUN, "--study-name", "s"), "a study in memory is gone at the end; give a --storage"),
+        ((*RUN, "--storage", "postgresql://u:secret@localhost:1/x"), "cannot use the storage 'postgresql://u:***@"),
         ((*RUN, "--horizon", "x"), "--horizon"),
         ((*RUN, "--storage", "nonsense"), "cannot use the storage 'nonsense'"),
         ((*RUN, "--storage", "sqlite:///nowhere/s.db"), "unable to open database file"),
@@ -165,6 +174,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_leaves_nothing(
     (line,) = captured.err.splitlines()
     assert line.startswith("greedyhg: error: ")
     assert message in line
+    assert "secret" not in line
     assert [path.name for path in Path().iterdir()] == ["junk.db"]
     assert Path("junk.db").read_text() == "no database"
 

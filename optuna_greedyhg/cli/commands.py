@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -38,7 +39,7 @@ from optuna_greedyhg.cli.options import (
     write_json,
 )
 from optuna_greedyhg.cli.report import report
-from optuna_greedyhg.cli.storages import open_storage, optuna_silenced, storage_errors
+from optuna_greedyhg.cli.storages import open_storage, optuna_silenced, shown, storage_errors
 from optuna_greedyhg.hypergrad.audit import DivergedError
 from optuna_greedyhg.hypergrad.descent import OuterStep
 from optuna_greedyhg.hypergrad.estimators import ESTIMATORS, Estimator, Greedy
@@ -60,7 +61,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Gradient-based refinement of hyperparameters inside Optuna trials.",
 )
 
 
@@ -70,6 +70,21 @@ SamplerName = StrEnum("SamplerName", {name.upper(): name for name in SAMPLERS}) 
 _NONE = "none"
 _ESTIMATOR_NAMES = {name.replace("-", "_").upper(): name for name in (*ESTIMATORS, _NONE)}
 EstimatorName = StrEnum("EstimatorName", _ESTIMATOR_NAMES)  # type: ignore[misc]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(version("optuna-greedyhg"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Gradient-based refinement of hyperparameters inside Optuna trials."""
 
 
 @app.command()
@@ -109,7 +124,7 @@ def demo(
     summaries = comparison.summaries
     console.print(summary_table(summaries, "The best trial of each method; its cost is that of all its trials"))
     write_json(json_file, {"task": task.name, "seed": seed, "methods": [s.as_json() for s in summaries]})
-    command = f"optuna-dashboard {storage}" + (f" --artifact-dir {artifacts}" if artifacts else "")
+    command = f"optuna-dashboard {shown(storage)}" + (f" --artifact-dir {artifacts}" if artifacts else "")
     write_report(
         report,
         title=f"greedyhg demo: {task.name}",
@@ -133,7 +148,9 @@ def run(
     n_trials: Annotated[int, typer.Option(min=1, help="Number of trials to add to the study.")] = 10,
     storage: Annotated[str | None, typer.Option(help="URL of the storage; in memory by default.")] = None,
     study_name: Annotated[str | None, typer.Option(help="Name of the study; an existing one is carried on.")] = None,
-    gamma: Annotated[float, typer.Option(min=0.0, max=1.0, help="Decay of the greedy estimator.")] = 0.9,
+    gamma: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Decay of the greedy estimator; 0.9 by default.")
+    ] = None,
     horizon: Annotated[int | None, typer.Option(min=1, help="Training steps in an outer step.")] = None,
     outer_steps: Annotated[int | None, typer.Option(min=1, help="Outer steps in a trial.")] = None,
     device: Device = DeviceName.AUTO,
@@ -151,6 +168,9 @@ def run(
     name = task.value
     require_writable(json_file, "--json")
     require_folder(artifacts, "--artifacts")
+    if study_name is not None and storage is None:
+        raise typer.BadParameter("a study in memory is gone at the end; give a --storage", param_hint="--study-name")
+    chosen = _estimator(estimator, gamma)
     problem = load_task(name, seed=seed, device=device, data=data)
     settings = replace(
         problem.settings,
@@ -170,7 +190,7 @@ def run(
     with optuna_silenced(), StudyProgress(console) as progress:
         objective = make_objective(
             problem,
-            estimator=_estimator(estimator, gamma),
+            estimator=chosen,
             settings=settings,
             artifact_store=store,
             callbacks=[
@@ -193,11 +213,13 @@ def run(
         _fail("no trial of the study has completed; see the messages above", code=1)
 
 
-def _estimator(name: str, gamma: float) -> Estimator[Any] | None:
+def _estimator(name: str, gamma: float | None) -> Estimator[Any] | None:
     """The estimator of this name, the greedy one with its decay; ``None`` leaves trials unrefined."""
+    if gamma is not None and name != "greedy":
+        raise typer.BadParameter(f"{name} has no γ; take --estimator greedy, or leave it out", param_hint="--gamma")
     if name == _NONE:
         return None
-    return Greedy(gamma) if name == "greedy" else ESTIMATORS[name]
+    return ESTIMATORS[name] if gamma is None else Greedy(gamma)
 
 
 def _stop_after(seconds: float) -> Callback:

@@ -10,6 +10,7 @@ import optuna
 import typer
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 
 @contextmanager
@@ -22,7 +23,8 @@ def storage_errors(url: str | None) -> Iterator[None]:
     except Exception as error:
         cause = error.__cause__ or error
         reason = (str(cause).strip() or repr(cause)).splitlines()[0]
-        raise typer.BadParameter(f"cannot use the storage {url!r}: {reason}", param_hint="--storage") from error
+        named = "in memory" if url is None else repr(shown(url))
+        raise typer.BadParameter(f"cannot use the storage {named}: {reason}", param_hint="--storage") from error
 
 
 def open_storage(url: str | None) -> BaseStorage:
@@ -51,5 +53,8 @@ def optuna_silenced() -> Iterator[None]:
 
 
 def shown(url: str) -> str:
-    """The URL of a storage, without its password."""
-    return make_url(url).render_as_string(hide_password=True)
+    """The URL of a storage, without its password; as it is where it is no URL."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url

@@ -30,6 +30,8 @@ def as_source(batches: Any, name: str, device: torch.device = _CPU) -> Source:
         ValueError: If it is known to be empty.
     """
     if isinstance(batches, (Tensor, Mapping)) or _is_full_batch(batches):
+        if n_examples(batches) == 0:
+            raise ValueError(f"{name} must hold at least one example, but it is empty.")
         return [to_device(batches, device)]
     if not isinstance(batches, Iterable):
         raise TypeError(
@@ -43,7 +45,8 @@ def as_source(batches: Any, name: str, device: torch.device = _CPU) -> Source:
 
 def generators_of(source: Source) -> tuple[torch.Generator, ...]:
     """The random generators that a ``DataLoader`` was given for itself, apart from torch's global ones."""
-    holders = (source, getattr(source, "sampler", None), getattr(source, "batch_sampler", None))
+    samplers = (getattr(source, "sampler", None), getattr(source, "batch_sampler", None))
+    holders = (source, *samplers, *(getattr(sampler, "sampler", None) for sampler in samplers))
     found = (getattr(holder, "generator", None) for holder in holders)
     return tuple(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
 

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from optuna_greedyhg.hypergrad.outer import ADAM, OuterOptimizer
 from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.products import Products, TrainState
 from optuna_greedyhg.hypergrad.trees import Tensors
-from optuna_greedyhg.hypergrad.update_rules import UpdateRule, require_hyperparameters
+from optuna_greedyhg.hypergrad.update_rules import UpdateRule, require_hyperparameters, require_ranges
 from optuna_greedyhg.hypergrad.work import Horizon, RollOut, Walk, Work
 
 Stop = Literal["finished", "patience", "diverged"]
@@ -103,8 +104,10 @@ class DescentOptions:
         at_least = {"horizon": 1, "n_outer_steps": 0, "evaluate_every": 1, "patience": 1, "max_failures": 0, "seed": 0}
         for name, low in at_least.items():
             value = getattr(self, name)
-            if not (name == "patience" and value is None) and (not isinstance(value, int) or value < low):
+            if not (name == "patience" and value is None) and (not isinstance(value, Integral) or value < low):
                 raise ValueError(f"{name} must be an integer of at least {low}, but got {value!r}.")
+            if value is not None:
+                object.__setattr__(self, name, int(value))  # NumPy's integers are not JSON's
         if self.max_hypergradient_norm is not None and not self.max_hypergradient_norm > 0:
             raise ValueError(f"max_hypergradient_norm must be above 0, or None, but got {self.max_hypergradient_norm}.")
         if not isinstance(self.evaluate, Protocol) and self.evaluate not in ("retrain", "online"):
@@ -216,6 +219,8 @@ def descent(
 ) -> Descent:
     """What :func:`descend` does, as a walk that leaves the training to others; with its arguments and errors."""
     require_hyperparameters(update_rule, hyperparameters)
+    if estimator is not None:
+        require_ranges(update_rule, hyperparameters)
     first = problem.val_episodes[0]
     first.require_outer_parameters(hyperparameters)
     if options.metric not in first.metrics:

@@ -131,7 +131,8 @@ class Hyperparameter:
         if not isinstance(self.init, Tensor) or not self.init.is_floating_point():
             got = self.init.dtype if isinstance(self.init, Tensor) else type(self.init).__name__
             raise TypeError(
-                f"A hyperparameter starts from a floating point tensor, but got {got}; use torch.tensor(x)."
+                f"A hyperparameter starts from a floating point tensor, but got {got}; use torch.tensor(float(x)), or "
+                "x.float()."
             )
         self.domain.to_coordinate(self.init)
 

@@ -21,6 +21,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
+from operator import attrgetter
 from types import MappingProxyType
 from typing import Any
 
@@ -47,6 +48,9 @@ _NO_HOOKS = (
 class Model:
     """The user's module with given weights: called like the module, it computes with ``parameters`` and ``buffers``.
 
+    So do the module's own methods (``model.encode(x)``), its parts (``model.head(x)``, ``model[0](x)``), their weights
+    and properties. What ``nn.Module`` itself has, such as ``train()``, is not there.
+
     Buffers that a call updates (BatchNorm's running statistics) are replaced in ``buffers``, never written in place
     into the caller's tensors. The outer parameters are read from α when the model is called, and not before.
     """
@@ -68,11 +72,33 @@ class Model:
         self.buffers = trees.clone(buffers)  # in eval mode, too, where a part may have been left in training mode
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tensors = {**self._parameters, **self._constants, **self._outer(), **self.buffers}
+        return self._computed(self._module, "", args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return self._at(name)
+
+    def __getitem__(self, key: int | str) -> Any:
+        return self._at(_name_of(self._module[key], self._module))  # type: ignore[index]
+
+    def _at(self, path: str) -> Any:
+        """The module's attribute at a dotted path, while the module has the given weights."""
+        name = path.rpartition(".")[2]
+        if name.startswith("__") or callable(getattr(nn.Module, name, None)):
+            raise AttributeError(
+                f"A loss must take no {name!r} of the model, which is a view of the module with other weights: there "
+                "are its forward pass, its own methods and parts, parameters() and named_parameters()."
+            )
+        found = self._computed(_Getter(self._module), "module.", (path,), {})
+        return _Part(self, path) if callable(found) else found
+
+    def _computed(self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The module's output; ``prefix`` leads from it to the user's."""
+        own = {**self._parameters, **self._constants, **self._outer(), **self.buffers}
+        tensors = {prefix + name: x for name, x in own.items()} if prefix else own
         # To look for tied weights takes as long as a small layer does: it is done once, by the problem.
         with disable_saved_tensors_hooks(_NO_HOOKS):
-            output = functional_call(self._module, tensors, args, kwargs, tie_weights=self._tied)
-        self.buffers = {name: tensors[name] for name in self.buffers}  # some modules assign a buffer anew
+            output = functional_call(module, tensors, args, kwargs, tie_weights=self._tied)
+        self.buffers = {name: tensors[prefix + name] for name in self.buffers}  # some modules assign a buffer anew
         return output
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
@@ -85,6 +111,44 @@ class Model:
     @property
     def training(self) -> bool:
         return self._module.training
+
+
+class _Part:
+    """A method or a part of the user's module, with the weights of a :class:`Model`."""
+
+    def __init__(self, model: Model, path: str) -> None:
+        self._model = model
+        self._path = path
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model
+        return model._computed(_Getter(model._module), "module.", (self._path, *args), {"calls": True, **kwargs})
+
+    def __getattr__(self, name: str) -> Any:
+        return self._model._at(f"{self._path}.{name}")
+
+    def __getitem__(self, key: int | str) -> Any:
+        container = attrgetter(self._path)(self._model._module)
+        return self._model._at(f"{self._path}.{_name_of(container[key], container)}")
+
+
+def _name_of(part: object, container: nn.Module) -> str:
+    for name, child in container.named_children():
+        if child is part:
+            return name
+    raise TypeError(f"A loss must take one part of the model at a time, but asked for {part!r}; name each part.")
+
+
+class _Getter(nn.Module):
+    """Its forward pass gets, or calls, what is at a path of another module; that is all ``functional_call`` knows."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, path: str, *args: Any, calls: bool = False, **kwargs: Any) -> Any:
+        found = attrgetter(path)(self.module)
+        return found(*args, **kwargs) if calls else found
 
 
 Loss = Callable[[Model, Mapping[str, Tensor], Batch], Tensor]
@@ -334,7 +398,7 @@ class BilevelProblem:
                 on_device = batches.to_device(batch, self.device)
                 for name, function in functions.items():
                     value = function(model, alpha, on_device)
-                    if name == "loss" or isinstance(value, Tensor):  # a metric may be a plain number
+                    if name == "loss" or not isinstance(value, (int, float)):  # a metric may be a plain number
                         value = _scalar(value, "val_loss" if name == "loss" else f"The metric {name!r}").to(self.dtype)
                     sums[name] = sums[name] + n * value
                 count += n

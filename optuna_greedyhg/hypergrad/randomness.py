@@ -1,13 +1,19 @@
 """Repeatable randomness: every window of training draws from its own seed, and a step can be replayed exactly.
 
-Dropout, augmentation and shuffling draw from torch's global generators. A window runs under ``seeded``, so that the
-same seed gives the same training whatever ran before it, and the caller's generators are left as they were. The global
-generators belong to the process: trials in several *threads* that use dropout, or shuffle, are not repeatable;
-processes are.
+Dropout, augmentation and shuffling draw from torch's global generators, or from those of Python and NumPy. A window
+runs under ``seeded``, so that the same seed gives the same training whatever ran before it, and the caller's generators
+are left as they were. The global generators belong to the process: trials in several *threads* that use dropout, or
+shuffle, are not repeatable; processes are. Neither is what draws from a generator of its own that nobody can find, as a
+dataset may from ``numpy.random.default_rng()``.
+
+Within a window, a step is replayed from the state of torch's generators alone: its batch is kept, and what is left to
+draw, in a loss or a model, is drawn from these.
 """
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -20,8 +26,8 @@ RandomState = tuple[Tensor, ...]
 
 @contextmanager
 def seeded(seed: int, device: torch.device, generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
-    """Runs the block with torch's global generators, and those given, seeded, and puts them back afterwards."""
-    with _preserved(device, generators):
+    """Runs the block with all global generators, and those given, seeded, and puts them back afterwards."""
+    with _preserved(device, generators), _others_seeded(seed):
         for generator in (torch.default_generator, *generators):
             generator.manual_seed(seed)
         if device.type == "cuda":
@@ -43,6 +49,22 @@ def capture(device: torch.device, generators: Sequence[torch.Generator] = ()) ->
     if device.type == "cuda":
         state += (torch.cuda.get_rng_state(device),)
     return (*state, *(generator.get_state() for generator in generators))
+
+
+@contextmanager
+def _others_seeded(seed: int) -> Iterator[None]:
+    """Python's global generator, and NumPy's, if the process has NumPy: whoever draws from it has imported it."""
+    numpy = sys.modules.get("numpy")
+    present, numpys = random.getstate(), None if numpy is None else numpy.random.get_state()
+    random.seed(seed)
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(present)
+        if numpy is not None:
+            numpy.random.set_state(numpys)
 
 
 @contextmanager

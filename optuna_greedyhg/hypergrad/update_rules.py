@@ -32,6 +32,11 @@ from optuna_greedyhg.hypergrad.trees import Tensors
 Slots = dict[str, Tensors]
 """The optimizer's state s: one tree like the weights for each kind of state (momentum, moments)."""
 
+_FAR = 1e6  # a coordinate at which a value is as good as at the end of its domain
+
+Ranges = Mapping[str, tuple[float, float | None]]
+"""The least value of each of a rule's own hyperparameters, and the one that it must stay below, if there is one."""
+
 Theta = Mapping[str, Tensor | float]
 """A rule's own hyperparameters by name, each a number or a 0-dimensional tensor."""
 
@@ -157,9 +162,10 @@ class SGD:
     momentum: float | str = 0.0
     weight_decay: float | str = 0.0
     nesterov: bool = False
+    ranges: ClassVar[Ranges] = {"lr": (0, None), "momentum": (0, 1), "weight_decay": (0, None)}
 
     def __post_init__(self) -> None:
-        _check_range(self.theta, lr=(0, None), momentum=(0, 1), weight_decay=(0, None))
+        _check_numbers(self.theta, self.ranges)
         if self.nesterov and self.momentum == 0.0:
             raise ValueError("Nesterov's step needs a momentum above 0, but got momentum=0.0.")
 
@@ -268,9 +274,16 @@ class Adam:
     eps: float | str = 1e-8
     weight_decay: float | str = 0.0
     decoupled: ClassVar[bool] = False
+    ranges: ClassVar[Ranges] = {
+        "lr": (0, None),
+        "beta1": (0, 1),
+        "beta2": (0, 1),
+        "eps": (0, None),
+        "weight_decay": (0, None),
+    }
 
     def __post_init__(self) -> None:
-        _check_range(self.theta, lr=(0, None), beta1=(0, 1), beta2=(0, 1), eps=(0, None), weight_decay=(0, None))
+        _check_numbers(self.theta, self.ranges)
 
     @property
     def theta(self) -> dict[str, float | str]:
@@ -392,6 +405,22 @@ def require_hyperparameters(rule: UpdateRule, hyperparameters: Mapping[str, Hype
             raise ValueError(f"The update rule's hyperparameter {name!r} must be 0-dimensional, but has shape {shape}.")
 
 
+def require_ranges(rule: UpdateRule, hyperparameters: Mapping[str, Hyperparameter]) -> None:
+    """Raises ``ValueError`` if one that the rule names may be moved to where the rule is none."""
+    ranges: Ranges = getattr(rule, "ranges", {})  # rules of users may have none
+    for key, (low, high) in ranges.items():
+        name = rule.theta[key]
+        if not isinstance(name, str):
+            continue
+        ends = torch.tensor([-_FAR, _FAR], dtype=torch.float64)
+        lowest, highest = hyperparameters[name].domain.to_value(ends).tolist()
+        if lowest < low or (high is not None and highest > high):
+            raise ValueError(
+                f"{key} must be {_in_words(low, high)}, but the hyperparameter {name!r} may move from {lowest:g} to "
+                f"{highest:g}; give it a domain such as Interval(low, high), or other bounds."
+            )
+
+
 def resolve(rule: UpdateRule, alpha: Mapping[str, Tensor]) -> Theta:
     """θ(α): the rule's own hyperparameters with names replaced by α's values."""
     return {key: alpha[value] if isinstance(value, str) else value for key, value in rule.theta.items()}
@@ -424,11 +453,13 @@ def _sqrt(x: Tensor) -> Tensor:
     return torch.where(positive, torch.sqrt(torch.where(positive, x, 1.0)), 0.0)
 
 
-def _check_range(theta: Mapping[str, float | str], **ranges: tuple[float, float | None]) -> None:
+def _check_numbers(theta: Mapping[str, float | str], ranges: Ranges) -> None:
     for name, (low, high) in ranges.items():
         value = theta[name]
-        if isinstance(value, str):
-            continue
-        if not (value >= low and (high is None or value < high)):
-            rule = f"at least {low}" if high is None else f"in [{low}, {high})"
+        if not isinstance(value, str) and not (value >= low and (high is None or value < high)):
+            rule = _in_words(low, high)
             raise ValueError(f"{name} must be {rule}, or the name of a hyperparameter, but got {value}.")
+
+
+def _in_words(low: float, high: float | None) -> str:
+    return f"at least {low}" if high is None else f"in [{low}, {high})"

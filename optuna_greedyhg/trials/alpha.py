@@ -10,12 +10,13 @@ from typing import TypeVar, cast
 
 import torch
 from optuna.distributions import CategoricalChoiceType, FloatDistribution
-from optuna.trial import BaseTrial, Trial
+from optuna.trial import BaseTrial, Trial, TrialState
 from torch import Tensor
 
 from optuna_greedyhg.hypergrad.domains import Domain, Hyperparameter, Interval, Unbounded
 from optuna_greedyhg.trials import records
 from optuna_greedyhg.trials.inheritance import Ancestor, find_ancestor, inherited
+from optuna_greedyhg.trials.once import warn_once
 from optuna_greedyhg.trials.outages import outlast
 from optuna_greedyhg.trials.records import ArtifactStore
 from optuna_greedyhg.trials.sampler import GreedyHGSampler, sampler_of
@@ -55,7 +56,8 @@ class Alpha:
         self._inherit = inherit
         self._hyperparameters: dict[str, Hyperparameter] = {}
         self._distributions: dict[str, FloatDistribution] = {}
-        self._uncommitted: dict[str, float] = {}  # values of seeded names that are not the trial's parameters yet
+        # Values of seeded names that are not the trial's parameters yet, and their ranges.
+        self._uncommitted: dict[str, tuple[float, FloatDistribution]] = {}
         self._committed = False
         self._inherited_from: int | None = None
 
@@ -143,7 +145,10 @@ class Alpha:
                 without an artifact store or in a study of several objectives.
         """
         self._require_free(name)
-        start = Hyperparameter(init, domain or Unbounded())
+        try:
+            start = Hyperparameter(init, domain or Unbounded())
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name!r}: {error}") from None
         if self._inherit if inherit is None else inherit:
             start = self._inherited(name, start)
         self._hyperparameters[name] = start
@@ -168,7 +173,8 @@ class Alpha:
             if not math.isfinite(value):
                 raise ValueError(f"The refined value of {name!r} must be finite, but got {value}.")
             refined[name] = min(max(value, distribution.low), distribution.high)
-        self._uncommitted = {name: refined[name] for name in self._uncommitted}
+        for name, (drawn, distribution) in self._uncommitted.items():
+            self._uncommitted[name] = refined.get(name, drawn), distribution
         self._write_uncommitted()
         return refined
 
@@ -206,6 +212,8 @@ class Alpha:
     def _seed(self, name: str, distribution: FloatDistribution) -> float:
         queued, sampler = self._queued_seed(name, distribution), self._sampler()
         if sampler is None:
+            if isinstance(self._trial, Trial):
+                _warn_of_other_sampler(self._trial, name)
             drawn = self._trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
             if queued is not None and queued != drawn:
                 _logger.warning(
@@ -216,7 +224,7 @@ class Alpha:
         assert isinstance(self._trial, Trial)
         seed = sampler.seed(self._trial, name, distribution) if queued is None else queued
         sampler.register(self._trial, name, self._settle)
-        self._uncommitted[name] = seed
+        self._uncommitted[name] = seed, distribution
         return seed
 
     def _queued_seed(self, name: str, distribution: FloatDistribution) -> float | None:
@@ -232,11 +240,12 @@ class Alpha:
         return None
 
     def _write_uncommitted(self) -> None:
-        for name, value in list(self._uncommitted.items()):
-            self._write(name, value)  # if this fails, or is interrupted, it is done again when the trial ends
+        for name, (value, distribution) in list(self._uncommitted.items()):
+            # If this fails, or is interrupted, it is done again when the trial ends.
+            self._write(name, value, distribution)
             del self._uncommitted[name]
 
-    def _write(self, name: str, value: float) -> None:
+    def _write(self, name: str, value: float, distribution: FloatDistribution) -> None:
         sampler = self._sampler()
         if sampler is None or not isinstance(self._trial, Trial):
             raise RuntimeError(
@@ -244,7 +253,6 @@ class Alpha:
                 "replaced."
             )
         sampler.commit(self._trial, name, value)
-        distribution = self._distributions[name]
         written = outlast(self._trial.suggest_float, name, distribution.low, distribution.high, log=distribution.log)
         if written != value:
             _logger.warning(
@@ -281,6 +289,20 @@ class Alpha:
         seeded = () if sampler is None or not isinstance(self._trial, Trial) else sampler.seeded(self._trial)
         if name in self._hyperparameters or name in seeded:
             raise _taken(name)
+
+
+def _warn_of_other_sampler(trial: Trial, name: str) -> None:
+    """``load_study`` without a sampler makes a TPESampler, under which parameters are seeds."""
+    for other in outlast(trial.study.get_trials, deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
+        seed, refined = (other.user_attrs.get(prefix + name) for prefix in (records.SEED, records.REFINED))
+        if refined is not None and seed != refined == other.params.get(name):
+            warn_once(
+                trial,
+                f"this study's sampler is a {type(trial.study.sampler).__name__}, under which parameters stay at their "
+                f"seeds, while trials as {other.number} have refined ones: sampler and best_params will mistake one "
+                "for the other. Load the study with sampler=GreedyHGSampler(...).",
+            )
+            return
 
 
 def _taken(name: str) -> ValueError:

@@ -90,8 +90,9 @@ def write_seed(trial: BaseTrial, name: str, seed: float, distribution: FloatDist
     """Writes one seed, as soon as it is drawn: a retry of the trial starts from it, and parallel ones can avoid it."""
     if isinstance(trial, Trial):
         # Nobody else would know it before the parameter is written.
-        trial.storage.set_trial_system_attr(trial._trial_id, _RANGE + name, distribution_to_json(distribution))
-    trial.set_user_attr(SEED + name, seed)
+        described = distribution_to_json(distribution)
+        outlast(trial.storage.set_trial_system_attr, trial._trial_id, _RANGE + name, described)
+    outlast(trial.set_user_attr, SEED + name, seed)
 
 
 def read_seed(trial: BaseTrial, name: str) -> float | None:

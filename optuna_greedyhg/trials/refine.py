@@ -35,6 +35,7 @@ from optuna_greedyhg.trials import records
 from optuna_greedyhg.trials.alpha import Alpha
 from optuna_greedyhg.trials.checkpoints import Checkpoints, heartbeat_interval
 from optuna_greedyhg.trials.exhibits import write_exhibits
+from optuna_greedyhg.trials.once import warn_once
 from optuna_greedyhg.trials.outages import outlast
 from optuna_greedyhg.trials.policies import Always, Policy, decide
 from optuna_greedyhg.trials.records import ArtifactStore
@@ -141,7 +142,7 @@ def refine(
         optuna.TrialPruned: If the pruner says so.
         optuna.exceptions.UpdateFinishedTrialError: If the trial was ended by somebody else.
         RuntimeError: If ``alpha`` has been refined before.
-        TypeError: If the estimator, the policy or the store is a name or a class in place of an object.
+        TypeError: If the update rule, the estimator, the policy or the store is a name or a class, and no object.
         ValueError: If a setting is out of its range or does not fit the problem, checkpoints are asked for without a
             store, ``alpha`` is of another trial, the study has several objectives, it maximizes a loss, or the policy
             cannot decide, or not so, under this protocol.
@@ -162,8 +163,8 @@ def refine(
         seed=seed,
     ).suited_to(problem)
     store, callbacks = artifact_store or alpha.artifact_store, tuple(callbacks)
-    _require_objects(estimator, policy, store)
-    checkpoint_every = _checkpoint_every(checkpoint_every, trial, store, evaluate_every)
+    _require_objects(update_rule, estimator, policy, store)
+    checkpoint_every = _checkpoint_every(checkpoint_every, trial, store, options.evaluate_every)
     _warn_of_patient_pruner(trial)
     alpha.require_refinable_in(trial)
     described = {"estimator": str(estimator), "policy": str(policy), "protocol": _described(options)}
@@ -189,7 +190,10 @@ def refine(
             if step.index == 0:
                 if estimator is not None and seed_is_judged:
                     until = decide(policy, trial, recorder.value, options)
-                records.write(trial, {"refined": estimator is not None and until > 0})
+                refined = estimator is not None and until > 0
+                records.write(trial, {"refined": refined})
+                if refined and store is None:
+                    _warn_of_lost_tensors(trial, alpha)
             for callback in callbacks:
                 callback(trial, step)
             stopped = _reason_to_stop(trial, step, until, deadline)
@@ -320,6 +324,12 @@ class _Recorder:
 
     def _log(self, stopped: str) -> None:
         assert self._achieved is not None
+        best = self._achieved.best
+        if not math.isfinite(best.scores["loss"]) and best.state.is_finite():
+            _logger.warning(
+                f"Trial {self._trial.number}: its weights are finite, but its validation loss is "
+                f"{best.scores['loss']}; look for NaN or infinities in val_batches, or in val_loss."
+            )
         if self._achieved.n_outer_steps > 0:
             seed = self._trajectory.rows[0]["value"]
             _logger.info(
@@ -367,9 +377,10 @@ class _Recorder:
         )
 
 
-def _require_objects(estimator: object, policy: object, store: object) -> None:
+def _require_objects(update_rule: object, estimator: object, policy: object, store: object) -> None:
     """Checks what would be found out only when the seed has been evaluated, or the trial has ended."""
     for name, value, method, example, or_none in (
+        ("update_rule", update_rule, "theta", "SGD(lr=0.1)", ""),
         ("estimator", estimator, "estimate", "Greedy()", ", or None"),
         ("policy", policy, "n_outer_steps", "Always()", ""),
         ("artifact_store", store, "open_reader", "FileSystemArtifactStore('folder')", ", or None"),
@@ -434,6 +445,16 @@ def _reason_to_stop(trial: BaseTrial, step: OuterStep, until: int, deadline: flo
     if study is not None and study._thread_local.in_optimize_loop and study._stop_flag:
         return "study_stop"
     return "timeout" if time.perf_counter() >= deadline else ""
+
+
+def _warn_of_lost_tensors(trial: BaseTrial, alpha: Alpha) -> None:
+    names = sorted(set(alpha.hyperparameters) - set(alpha.scalars))
+    if names and isinstance(trial, Trial):
+        warn_once(
+            trial,
+            f"what {names} are refined to will not be kept, and best_value cannot be had again without it; give "
+            "refine() an artifact_store.",
+        )
 
 
 def _warn_of_patient_pruner(trial: BaseTrial) -> None:

@@ -3,10 +3,10 @@ from itertools import count, islice
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from optuna_greedyhg.hypergrad import batches
-from optuna_greedyhg.hypergrad.batches import Stream, as_source, evaluation_set, n_examples, to_device
+from optuna_greedyhg.hypergrad.batches import Stream, as_source, evaluation_set, generators_of, n_examples, to_device
 from tests.problems import CPU
 
 Pair = namedtuple("Pair", ["x", "y"])
@@ -60,6 +60,29 @@ def test_a_one_shot_iterator_that_ends_is_named_with_the_remedy():
 def test_an_empty_source_is_refused(empty):
     with pytest.raises(ValueError, match="val_batches must hold at least one batch"):
         as_source(empty, "val_batches")
+
+
+@pytest.mark.parametrize("empty", [X[:0], (X[:0], X[:0]), {"x": X[:0]}], ids=["tensor", "tuple", "dictionary"])
+def test_an_empty_full_batch_is_refused(empty):
+    with pytest.raises(ValueError, match="val_batches must hold at least one example, but it is empty"):
+        as_source(empty, "val_batches")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda data, g: DataLoader(data, shuffle=True, generator=g),
+        lambda data, g: DataLoader(data, sampler=RandomSampler(data, generator=g)),
+        lambda data, g: DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data, generator=g), 2, False)),
+        lambda data, g: DataLoader(
+            data, sampler=BatchSampler(RandomSampler(data, generator=g), 2, False), batch_size=None
+        ),
+    ],
+    ids=["loader", "sampler", "batch sampler", "batches as samples"],
+)
+def test_a_generator_is_found_wherever_a_loader_has_it(load):
+    generator = torch.Generator()
+    assert generators_of(load(TensorDataset(X), generator)) == (generator,)
 
 
 def test_what_cannot_be_iterated_over_is_refused():

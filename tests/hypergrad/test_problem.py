@@ -1,10 +1,12 @@
 import copy
+import functools
 from itertools import repeat
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.update_rules import SGD
@@ -135,6 +137,83 @@ def test_its_state_dict_loads_into_the_users_module(module, n_features):
     loaded = copy.deepcopy(module).eval()
     loaded.load_state_dict(problem.state_dict(parameters, buffers))
     torch.testing.assert_close(loaded(x).square().mean(), problem.validate(parameters, buffers, {}, x))
+
+
+class Autoencoder(nn.Module):
+    """What has more than a forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(weight_norm(nn.Linear(3, 2)), nn.Tanh())
+        self.norm, self.decoder = nn.BatchNorm1d(2), nn.Linear(2, 3)
+        self.heads = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
+        self.width = 2
+
+    def encode(self, x, *, calls=2.0):
+        return calls * self.norm(self.encoder(x))
+
+    def forward(self, x):
+        return self.decoder(self.encode(x))
+
+    @property
+    def length(self):
+        return self.decoder.weight.norm()
+
+
+VIEWS = {
+    "method": lambda m, x: m.encode(x).square().mean(),
+    "part": lambda m, x: m.decoder(m.encoder(x)).square().mean(),
+    "in a list": lambda m, x: m.encoder[-1](m.encoder[0](x)).square().mean(),
+    "in a loop": lambda m, x: functools.reduce(lambda y, layer: layer(y), m.encoder, x).square().mean(),
+    "in a dictionary": lambda m, x: (m.heads["a"](m.encode(x)) * m.heads.b(m.encode(x))).mean(),
+    "weight": lambda m, x: m.decoder.weight.square().sum(),
+    "computed weight": lambda m, x: m.encoder[0].weight.square().sum(),
+    "property": lambda m, x: m.length * m.width,
+    "buffer": lambda m, x: (m(x).mean() * 0 + m.norm.running_mean).square().sum() + m.length,
+}
+
+
+class TestViewOfTheModule:
+    @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+    def test_methods_parts_and_weights_are_those_of_the_module_with_the_present_weights(self, view):
+        module, x = Autoencoder().double(), torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
+        problem = BilevelProblem(
+            model=Autoencoder().double(),
+            train_loss=lambda model, alpha, b: view(model, b),
+            val_loss=lambda model, alpha, b: view(model, b),
+            train_batches=x,
+            val_batches=x,
+        )
+        parameters = {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+        loss, buffers = problem.train(parameters, clone(module.named_buffers()), {}, x)
+        expected = view(module, x)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(buffers, dict(module.named_buffers()))
+        ours = torch.autograd.grad(loss, [*parameters.values()], materialize_grads=True)
+        theirs = torch.autograd.grad(expected, [*module.parameters()], materialize_grads=True)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize(
+        ("view", "error", "message"),
+        [
+            (lambda m, x: m.train()(x).mean(), AttributeError, "must take no 'train' of the model"),
+            (lambda m, x: m.encoder.eval()(x).mean(), AttributeError, "must take no 'eval' of the model"),
+            (lambda m, x: m.missing(x).mean(), AttributeError, "no attribute 'missing'"),
+            (lambda m, x: m.encoder[:1](x).mean(), TypeError, "one part of the model at a time"),
+        ],
+    )
+    def test_what_is_not_there(self, view, error, message):
+        x = torch.ones(4, 3)
+        problem = BilevelProblem(
+            model=Autoencoder(),
+            train_loss=lambda m, a, b: view(m, b),
+            val_loss=lambda m, a, b: m(b).mean(),
+            train_batches=x,
+            val_batches=x,
+        )
+        with pytest.raises(error, match=message):
+            problem.train(problem.initial_parameters, problem.initial_buffers, {}, x)
 
 
 class TestEvaluation:

@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +16,20 @@ def test_equal_seeds_draw_equal_numbers_whatever_was_drawn_before():
         assert torch.equal(torch.rand(4), first)
     with randomness.seeded(4, CPU):
         assert not torch.equal(torch.rand(4), first)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.random], ids=["Python", "NumPy"])
+def test_so_do_the_generators_of_python_and_numpy_whose_numbers_go_on_for_the_caller(draw):
+    random.seed(5), np.random.seed(5)
+    expected = [draw(), draw()]
+    random.seed(5), np.random.seed(5)
+    found = [draw()]
+    drawn = []
+    for seed in (2**40, 2**40, 2**40 + 1):
+        with randomness.seeded(seed, CPU):
+            drawn.append(draw())
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert [*found, draw()] == expected
 
 
 def test_a_captured_state_draws_the_same_again():

@@ -1,9 +1,11 @@
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW, Made
+from optuna_greedyhg.hypergrad.domains import Hyperparameter, Interval, Positive, Unbounded
+from optuna_greedyhg.hypergrad.update_rules import SGD, Adam, AdamW, Made, require_ranges
 from tests.problems import OWN, SPECIMENS, UPDATE_RULES, Case, float64, with_numbers
 from tests.reference import by_torch_optim, torch_optimizer
 
@@ -70,6 +72,28 @@ def test_the_counterparts_in_torch_are_made_with_the_same_numbers():
         given = dict(group, **dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False)))
         assert {key: given[key] for key in expected} == expected, name
         assert given.get("nesterov", False) == ("nesterov" in name)
+
+
+@pytest.mark.parametrize(
+    ("rule", "domain", "message"),
+    [
+        (
+            SGD(lr="x"),
+            Interval(-1.0, 0.5),
+            r"lr must be at least 0, .* 'x' may move from -1 to 0\.5; give it a domain",
+        ),
+        (SGD(lr="x"), Unbounded(), r"lr must be at least 0, but .* 'x' may move from -1e\+06 to 1e\+06"),
+        (SGD(momentum="x"), Interval(0.0, 1.5), r"momentum must be in \[0, 1\), but .* 'x' may move from 0 to 1\.5"),
+        (SGD(momentum="x"), Positive(), r"momentum must be in \[0, 1\), but .* 'x' may move from 0 to inf"),
+        (Adam(betas=(0.9, "x")), Interval(0.3, 2.0, log=True), r"beta2 must be in \[0, 1\)"),
+        (SGD(lr="x"), Positive(), None),
+        (SGD(momentum="x"), Interval(0.0, 1.0), None),
+    ],
+)
+def test_a_hyperparameter_that_may_leave_the_range_of_a_rule_is_refused(rule, domain, message):
+    hyperparameters = {"x": Hyperparameter(float64(0.4), domain)}
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        require_ranges(rule, hyperparameters)
 
 
 @pytest.mark.parametrize(

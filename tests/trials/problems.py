@@ -56,7 +56,8 @@ def declare(trial: optuna.trial.BaseTrial) -> ghg.Alpha:
 def refine(trial: optuna.trial.BaseTrial, alpha: ghg.Alpha | None = None, **settings: Any) -> float:
     settings = {"n_outer_steps": 4, "evaluate_every": 2, "horizon": 2} | settings
     problem = settings.pop("problem", None) or make_problem()
-    return ghg.refine(trial, problem, alpha or declare(trial), update_rule=ghg.SGD(lr="lr"), **settings)
+    update_rule = settings.pop("update_rule", ghg.SGD(lr="lr"))
+    return ghg.refine(trial, problem, alpha or declare(trial), update_rule=update_rule, **settings)
 
 
 def retrained(lr: float, c: torch.Tensor, n_steps: int) -> float:

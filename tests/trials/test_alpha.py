@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import logging
 import re
 
 import optuna
 import pytest
 import torch
 from optuna.samplers import RandomSampler
+from optuna.storages import InMemoryStorage
 
 import optuna_greedyhg as ghg
 from tests.trials import problems
@@ -143,7 +145,53 @@ def test_what_has_not_moved_keeps_its_seed_to_the_last_digit() -> None:
     assert alpha.commit({"lr": seed.float()}) == trial.params == {"lr": float(seed)}
 
 
-def test_integers_are_no_start_for_a_tensor() -> None:
+def test_a_start_that_cannot_be_is_refused_by_its_name() -> None:
     alpha = ghg.Alpha(optuna.trial.FixedTrial({}))
-    with pytest.raises(TypeError, match=r"floating point tensor, but got torch\.int64"):
+    with pytest.raises(TypeError, match=r"'t': .* floating point tensor, but got torch\.int64; .* x\.float\(\)"):
         alpha.tensor("t", torch.arange(3))
+    with pytest.raises(ValueError, match=r"'t': .* within \[0, 1\]"):
+        alpha.tensor("t", torch.tensor(2.0), ghg.Interval(0, 1))
+
+
+class Flaky(InMemoryStorage):
+    """Fails once, when the seed of wd is written."""
+
+    failed = False
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: object) -> None:
+        if key == "seed_wd" and not self.failed:
+            self.failed = True
+            raise ArithmeticError("interrupted")
+        super().set_trial_user_attr(trial_id, key, value)
+
+
+def test_a_declaration_that_was_interrupted_leaves_the_others_whole(caplog: pytest.LogCaptureFixture) -> None:
+    def objective(trial: optuna.Trial) -> float:
+        alpha = ghg.Alpha(trial)
+        with pytest.raises(ArithmeticError):
+            alpha.suggest_float("wd", 1e-6, 1.0, log=True)
+        alpha.suggest_float("lr", 1e-3, 1.0)
+        return 1.0
+
+    study = optuna.create_study(storage=Flaky(), sampler=ghg.GreedyHGSampler(seed=0))
+    study.optimize(objective, n_trials=1)
+    (trial,) = study.trials
+    assert trial.params.keys() == {"wd", "lr"}
+    assert trial.params["lr"] == trial.user_attrs["seed_lr"]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_study_that_is_loaded_without_its_sampler_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    storage = InMemoryStorage()
+    study = optuna.create_study(storage=storage, sampler=ghg.GreedyHGSampler(seed=0))
+    study.optimize(problems.refine, n_trials=1)
+    caplog.clear()
+    loaded = optuna.load_study(study_name=study.study_name, storage=storage)
+    loaded.optimize(problems.refine, n_trials=2)
+    (said,) = (record.getMessage() for record in caplog.records if "sampler" in record.getMessage())
+    assert re.search(r"sampler is a TPESampler, under which .* trials as 0 .* with sampler=GreedyHGSampler", said)
+
+
+def test_a_study_that_never_had_the_sampler_is_left_in_peace(caplog: pytest.LogCaptureFixture) -> None:
+    optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0)).optimize(problems.refine, n_trials=3)
+    assert not [record for record in caplog.records if "sampler" in record.getMessage()]

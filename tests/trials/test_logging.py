@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 
 import optuna
@@ -24,12 +25,27 @@ def lines(log: pytest.LogCaptureFixture, verbosity: int, **settings: object) -> 
     """What is logged of one trial, and the study."""
     optuna.logging.set_verbosity(verbosity)
     made = optuna.create_study(sampler=ghg.GreedyHGSampler(seed=0))
-    made.optimize(lambda trial: problems.refine(trial, **settings), n_trials=1)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"artifact_store": optuna.artifacts.FileSystemArtifactStore(folder), **settings}
+        made.optimize(lambda trial: problems.refine(trial, **settings), n_trials=1)
     return [r.getMessage() for r in log.records if r.name == "optuna.greedyhg"], made
 
 
 def test_nothing_is_said_below_info(log: pytest.LogCaptureFixture) -> None:
     assert lines(log, optuna.logging.WARNING)[0] == []
+
+
+def test_tensors_that_are_not_kept_are_named_once_a_study(log: pytest.LogCaptureFixture) -> None:
+    (said,), study = lines(log, optuna.logging.WARNING, artifact_store=None)
+    assert re.fullmatch(r"Trial 0: what \['c'\] are refined to will not be kept, .* an artifact_store\.", said)
+    study.optimize(problems.refine, n_trials=2)
+    assert len(log.records) == 1
+
+
+def test_a_validation_loss_that_is_nan_under_finite_weights_is_said_to_be(log: pytest.LogCaptureFixture) -> None:
+    problem = problems.make_problem(val_loss=lambda model, alpha, batch: model().sum() * float("nan"))
+    (said,), _ = lines(log, optuna.logging.WARNING, problem=problem)
+    assert re.search(r"weights are finite, but its validation loss is nan; look for NaN .* in val_batches", said)
 
 
 def test_by_default_a_trial_has_one_line(log: pytest.LogCaptureFixture) -> None:

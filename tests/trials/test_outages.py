@@ -159,6 +159,26 @@ def test_whatever_the_storage_is_asked_when_it_goes_away_the_trial_is_whole(
     assert_alike(made.trials[0], undisturbed)
 
 
+@pytest.mark.parametrize("method", ["set_trial_user_attr", "set_trial_system_attr"])
+def test_a_storage_that_goes_away_while_seeds_are_drawn(
+    method: str, undisturbed: FrozenTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outages, "_FIRST_PAUSE", 0.0)
+    storage = InMemoryStorage()
+    whole, failures = getattr(storage, method), iter(range(3))
+
+    def unreachable(*args: Any, **kwargs: Any) -> Any:
+        if next(failures, None) is None:
+            return whole(*args, **kwargs)
+        raise of_a_database(OperationalError)
+
+    made = study(storage)
+    monkeypatch.setattr(storage, method, unreachable)
+    made.optimize(problems.refine, n_trials=1)
+    assert next(failures, None) is None
+    assert_alike(made.trials[0], undisturbed)
+
+
 def test_a_policy_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outages, "_FIRST_PAUSE", 0.0)
     storage, errors = InMemoryStorage(), iter([of_a_database(OperationalError)] * 3)

@@ -196,6 +196,8 @@ def test_bad_settings_are_refused_before_any_work() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"update_rule": "sgd"}, r"update_rule must be an object such as SGD\(lr=0\.1\), but got 'sgd'"),
+        ({"update_rule": torch.optim.SGD}, r"update_rule must be an object such as SGD\(lr=0\.1\), but got <class"),
         ({"policy": "always"}, r"policy must be an object such as Always\(\), but got 'always'"),
         ({"policy": ghg.Never}, r"policy must be an object such as Always\(\), but got <class .*Never'>"),
         ({"policy": None}, r"policy must be an object such as Always\(\), but got None"),
