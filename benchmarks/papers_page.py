@@ -70,7 +70,8 @@ def _made_by(rows: list[grid.Row]) -> str:
     commands = dict.fromkeys(m["command"] for m in made_by)
     hours = sum(row["seconds"] for row in rows) / 3600
     made = "\n".join(f"    {command}" for command in commands)
-    return f"{len(rows)} runs, {hours:.1f} hours of one thread each, on {'; '.join(machines)}:\n\n{made}"
+    how = f"{len(rows)} runs, {hours:.1f} hours in all on one thread, in part beside other work"
+    return f"{how}, on {'; '.join(machines)}:\n\n{made}"
 
 
 if __name__ == "__main__":

@@ -93,8 +93,9 @@ def plus_minus(score: str, mean: float, half_width: float) -> str:
     """A mean and the half-width of its interval, of which two digits say enough."""
     if math.isnan(half_width) or score.endswith("accuracy"):
         return f"{number(score, mean)} ± {number(score, half_width)}"
-    decimals = 3 if half_width == 0 else min(max(1 - math.floor(math.log10(half_width)), 0), 6)
-    return f"{mean:.{decimals}f} ± {half_width:.{decimals}f}".replace("-", "−")
+    # Less than that is rounding, in which sums of equal numbers differ.
+    decimals = 3 if half_width < 1e-9 else min(max(1 - math.floor(math.log10(half_width)), 0), 6)
+    return f"{round(mean, decimals) + 0.0:.{decimals}f} ± {half_width:.{decimals}f}".replace("-", "−")
 
 
 def number(score: str, x: float) -> str:
