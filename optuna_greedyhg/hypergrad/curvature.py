@@ -138,6 +138,8 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, n_vectors: int) -
     projected = torch.cat(images) @ basis.T
     # For what is not finite eigh may raise an error, and nobody should wait to find out.
     finite = torch.isfinite(projected).all()
-    values, rotation = torch.linalg.eigh(torch.where(finite, (projected + projected.T) / 2, 0.0))
-    values, rotation = (torch.where(finite, x, torch.nan) for x in (values, rotation))
+    symmetric = torch.where(finite, (projected + projected.T) / 2, 0.0)
+    # LAPACK knows no half precision.
+    values, rotation = torch.linalg.eigh(symmetric.to(torch.promote_types(start.dtype, torch.float32)))
+    values, rotation = (torch.where(finite, x, torch.nan).to(start.dtype) for x in (values, rotation))
     return RitzPairs(values, rotation.T @ basis, projected.diagonal()[:1])

@@ -23,7 +23,8 @@ def behind(ends: Iterable[Node | None]) -> set[Node]:
 
 def reach(nodes: Iterable[Node], leaves: Iterable[Tensor]) -> bool:
     """Whether one of these leaves is among the nodes."""
-    return not {get_gradient_edge(leaf).node for leaf in leaves}.isdisjoint(nodes)
+    found = set(nodes)
+    return bool(found) and not {get_gradient_edge(leaf).node for leaf in leaves}.isdisjoint(found)
 
 
 def is_of_python(node: Node) -> bool:

@@ -41,7 +41,7 @@ from optuna_greedyhg.hypergrad.product_modes import (
     require_whole,
 )
 from optuna_greedyhg.hypergrad.randomness import RandomState
-from optuna_greedyhg.hypergrad.second_derivatives import Demand, SecondDerivatives, inputs_of_convolutions
+from optuna_greedyhg.hypergrad.second_derivatives import Demand, SecondDerivatives, convolutions_among
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import (
     Made,
@@ -289,7 +289,7 @@ class StepRecipe:
         operators = SecondDerivatives(demand) if intercepts else None
         w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
         values = self.products.values(z)
-        versions = {name: x._version for name, x in w.items()}
+        versions = {name: x._version for name, x in w.items()}  # autograd's count of writes, described in its notes
         with torch.enable_grad(), _plain_attention() if create_graph else nullcontext():
             with operators or nullcontext():
                 loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)
@@ -540,9 +540,10 @@ def _graph(loss: Tensor, gradient: Tensors, w: Tensors, z: Tensors, demand: Dema
     # A gradient that is constant in w and α (a loss linear in both) has no graph, and a derivative of zero.
     edges = {name: get_gradient_edge(g) for name, g in gradient.items() if g.requires_grad}
     nodes = graphs.behind([loss.grad_fn])
-    inputs = inputs_of_convolutions(nodes)
-    through_convolutions = bool(inputs) and graphs.reach(graphs.behind(inputs), z.values())
-    return _Graph(edges, w, z, demand, through_convolutions, any(map(graphs.is_of_python, nodes)))
+    convolutions = convolutions_among(nodes)
+    behind_them = graphs.behind(before for node in convolutions for before, _ in node.next_functions)
+    calls_python = any(map(graphs.is_of_python, nodes - convolutions))
+    return _Graph(edges, w, z, demand, graphs.reach(behind_them, z.values()), calls_python)
 
 
 class _Gradient(NamedTuple):

@@ -89,10 +89,10 @@ class SecondDerivatives(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def inputs_of_convolutions(nodes: Iterable[Node]) -> list[Node | None]:
-    """Where the derivatives for x and w go to, of those convolutions among a graph's nodes that were taken over."""
-    known = {f"{cls.__name__}Backward" for cls in (_Convolution, _PulledBack)}
-    return [before for node in nodes if type(node).__name__ in known for before, _ in node.next_functions]
+def convolutions_among(nodes: Iterable[Node]) -> set[Node]:
+    """Those nodes of a graph that are convolutions which have been taken over."""
+    names = {f"{cls.__name__}Backward" for cls in (_Convolution, _PulledBack)}
+    return {node for node in nodes if type(node).__name__ in names}
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

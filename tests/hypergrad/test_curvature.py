@@ -144,6 +144,12 @@ class TestLanczos:
         lanczos(product, random(8), 4)
         assert rows_seen == [1] * 4
 
+    def test_it_knows_half_precision(self):
+        matrix = torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0]))
+        pairs = lanczos(lambda rows: rows @ matrix.bfloat16(), random(4).bfloat16(), 4)
+        assert pairs.values.dtype == pairs.vectors.dtype == torch.bfloat16
+        torch.testing.assert_close(pairs.values.max().float(), torch.tensor(8.0), rtol=0.02, atol=0.0)
+
     def test_of_nothing_there_is_nothing(self):
         values, vectors, quotient = lanczos(lambda rows: 1 / 0, random(5), 0)
         assert (values.shape, vectors.shape, quotient.shape) == ((0,), (0, 5), (0,))
