@@ -280,7 +280,9 @@ def refined_params(trial: FrozenTrial, artifact_store: ArtifactStore | None = No
 
 
 def refined_weights(trial: FrozenTrial, artifact_store: ArtifactStore | None = None) -> dict[str, Tensor]:
-    """The weights that a trial of ``evaluate="online"`` has ended with, as a ``state_dict`` of CPU tensors.
+    """The weights that have earned a trial its value, as a ``state_dict`` of CPU tensors.
+
+    They are kept with an artifact store, and ``evaluate="online"`` or ``keep_weights=True``.
 
     Args:
         trial: A finished trial.
@@ -292,7 +294,8 @@ def refined_weights(trial: FrozenTrial, artifact_store: ArtifactStore | None = N
     weights = _load(trial, artifact_store)["weights"] if _TENSORS_ARTIFACT in trial.user_attrs else {}
     if not weights:
         raise ValueError(
-            f"Trial {trial.number} has no stored weights; they are kept with evaluate='online' and an artifact_store."
+            f"Trial {trial.number} has no stored weights; give refine() an artifact_store, and keep_weights=True or "
+            "evaluate='online'."
         )
     return weights
 

@@ -69,6 +69,7 @@ def refine(
     timeout: float | None = None,
     seed: int = 0,
     artifact_store: ArtifactStore | None = None,
+    keep_weights: bool | None = None,
     checkpoint_every: int | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> Walk[float]:
@@ -124,8 +125,11 @@ def refine(
             trial that was resumed, those until its checkpoint count. The ``timeout`` of ``study.optimize`` is not known
             to a trial, and only keeps further ones from starting.
         seed: Seeds batches, dropout and augmentation; the same in all trials, so that they compare.
-        artifact_store: Keeps the tensors of α, the weights where they are the result, and, for the dashboard, the
+        artifact_store: Keeps the tensors of α, the weights if they are to be kept, and, for the dashboard, the
             trajectory as a table and as a picture; that of ``alpha`` by default.
+        keep_weights: Whether the store keeps the weights that have earned the trial's value, for
+            :func:`refined_weights`; by default where they are the result, with ``evaluate="online"``. Of a
+            :class:`MetaProblem` they are those of the first validation episode.
         checkpoint_every: Number of outer steps between two checkpoints, the first when the seed has been evaluated; 0
             makes none. By default ``evaluate_every`` where there is an artifact store and the study's storage has
             heartbeats, and else 0. Each takes as much space as the weights and the optimizer's state, and the weights
@@ -143,9 +147,9 @@ def refine(
         optuna.exceptions.UpdateFinishedTrialError: If the trial was ended by somebody else.
         RuntimeError: If ``alpha`` has been refined before.
         TypeError: If the update rule, the estimator, the policy or the store is a name or a class, and no object.
-        ValueError: If a setting is out of its range or does not fit the problem, checkpoints are asked for without a
-            store, ``alpha`` is of another trial, the study has several objectives, it maximizes a loss, or the policy
-            cannot decide, or not so, under this protocol.
+        ValueError: If a setting is out of its range or does not fit the problem, checkpoints or weights are to be kept
+            without a store, ``alpha`` is of another trial, the study has several objectives, it maximizes a loss, or
+            the policy cannot decide, or not so, under this protocol.
     """
     options = DescentOptions(
         horizon=horizon,
@@ -164,13 +168,14 @@ def refine(
     ).suited_to(problem)
     store, callbacks = artifact_store or alpha.artifact_store, tuple(callbacks)
     _require_objects(update_rule, estimator, policy, store)
+    keep_weights = _keeps_weights(keep_weights, options, store)
     checkpoint_every = _checkpoint_every(checkpoint_every, trial, store, options.evaluate_every)
     _warn_of_patient_pruner(trial)
     alpha.require_refinable_in(trial)
     described = {"estimator": str(estimator), "policy": str(policy), "protocol": _described(options)}
     signature = signature_of(problem, alpha.hyperparameters, update_rule, estimator, options)
     checkpoints = Checkpoints(trial, store, checkpoint_every, signature, problem.val_episodes[0].device)
-    recorder = _Recorder(trial, problem, alpha, options, store, checkpoints)
+    recorder = _Recorder(trial, problem, alpha, options, store, keep_weights, checkpoints)
     until, seed_is_judged = options.n_outer_steps, not isinstance(options.protocol, Online)
     try:
         checkpoint = recorder.resume()
@@ -219,6 +224,7 @@ class _Recorder:
         alpha: Alpha,
         options: DescentOptions,
         artifact_store: ArtifactStore | None,
+        keep_weights: bool,
         checkpoints: Checkpoints,
     ) -> None:
         self._trial = trial
@@ -226,6 +232,7 @@ class _Recorder:
         self._alpha = alpha
         self._options = options
         self._artifact_store = artifact_store
+        self._keep_weights = keep_weights
         self._checkpoints = checkpoints
         self._trajectory = records.Trajectory()
         self._improvements: list[records.Row] = []
@@ -359,14 +366,14 @@ class _Recorder:
         records.write_improvements(self._trial, self._improvements)
         is_tensor = set(best.values) - set(refined)
         inits = {name: h.init for name, h in self._alpha.hyperparameters.items()}
-        online = isinstance(self._options.protocol, Online)
         problem = self._problem.val_episodes[0]
+        state = best.state if self._keep_weights else None
         records.write_tensors(
             self._trial,
             self._artifact_store,
             seed={name: x for name, x in inits.items() if name in is_tensor},
             refined={name: x for name, x in best.values.items() if name in is_tensor},
-            weights=problem.state_dict(best.state.parameters, best.state.buffers, best.values) if online else {},
+            weights={} if state is None else problem.state_dict(state.parameters, state.buffers, best.values),
         )
         write_exhibits(
             self._trial,
@@ -396,6 +403,12 @@ def _described(options: DescentOptions) -> str:
     if isinstance(protocol, Online):
         return f"Online(), {options.n_outer_steps} × {options.horizon} steps"
     return str(protocol)
+
+
+def _keeps_weights(asked: bool | None, options: DescentOptions, artifact_store: ArtifactStore | None) -> bool:
+    if asked and artifact_store is None:
+        raise ValueError("keep_weights=True needs a place for the weights; give refine() an artifact_store.")
+    return isinstance(options.protocol, Online) if asked is None else asked
 
 
 def _checkpoint_every(

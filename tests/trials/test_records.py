@@ -67,8 +67,11 @@ def test_improvements_say_what_had_been_found_at_what_cost(store: optuna.artifac
     assert 0 < seconds[0] < seconds[-1] <= trial.user_attrs["cost_seconds"]
 
 
-def test_weights_are_kept_where_they_are_the_result(store: optuna.artifacts.FileSystemArtifactStore) -> None:
-    trial = refined(store, evaluate="online")
+@pytest.mark.parametrize("settings", [{"evaluate": "online"}, {"keep_weights": True}], ids=["online", "asked for"])
+def test_weights_are_kept_where_they_are_the_result_or_asked_for(
+    settings: dict[str, Any], store: optuna.artifacts.FileSystemArtifactStore
+) -> None:
+    trial = refined(store, **settings)
     model = problems.Weights()
     model.load_state_dict(ghg.refined_weights(trial, store))
     lr = torch.tensor(ghg.refined_params(trial)["lr"])
@@ -76,9 +79,17 @@ def test_weights_are_kept_where_they_are_the_result(store: optuna.artifacts.File
     assert float(loss) == pytest.approx(trial.value, rel=1e-5)
 
 
-def test_there_are_no_weights_where_they_are_not(store: optuna.artifacts.FileSystemArtifactStore) -> None:
-    with pytest.raises(ValueError, match="evaluate='online'"):
-        ghg.refined_weights(refined(store), store)
+@pytest.mark.parametrize("settings", [{}, {"evaluate": "online", "keep_weights": False}], ids=["retrain", "not wanted"])
+def test_there_are_no_weights_where_they_are_not(
+    settings: dict[str, Any], store: optuna.artifacts.FileSystemArtifactStore
+) -> None:
+    with pytest.raises(ValueError, match="keep_weights=True or evaluate='online'"):
+        ghg.refined_weights(refined(store, **settings), store)
+
+
+def test_weights_are_not_promised_without_a_store() -> None:
+    with pytest.raises(ValueError, match="keep_weights=True needs a place for the weights; give refine"):
+        problems.refine(optuna.create_study().ask(), keep_weights=True)
 
 
 def test_without_a_store_the_scalars_come_back_and_the_rest_is_said() -> None:
