@@ -146,6 +146,12 @@ RUN = ("run", "--task", "digits-l2")
         ((*RUN, "--estimator", "t1t2", "--gamma", "0.1"), "t1t2 has no γ"),
         ((*RUN, "--study-name", "s"), "a study in memory is gone at the end; give a --storage"),
         ((*RUN, "--storage", "postgresql://u:secret@localhost:1/x"), "cannot use the storage 'postgresql://u:***@"),
+        ((*RUN, "--storage", "postgresql://u:secret@h:port/x"), "cannot use the storage 'postgresql://u:***@h:port/x'"),
+        ((*RUN, "--storage", "postgresql:/u:secret@h/x"), "cannot use the storage 'postgresql:/u:***@h/x'"),
+        (
+            (*RUN, "--storage", "nosql://h/x?user=u&password=secret"),
+            "cannot use the storage 'nosql://h/x?password=***&user=u'",
+        ),
         ((*RUN, "--horizon", "x"), "--horizon"),
         ((*RUN, "--storage", "nonsense"), "cannot use the storage 'nonsense'"),
         ((*RUN, "--storage", "sqlite:///nowhere/s.db"), "unable to open database file"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,8 +54,9 @@ def optuna_silenced() -> Iterator[None]:
 
 
 def shown(url: str) -> str:
-    """The URL of a storage, without its password; as it is where it is no URL."""
+    """The URL of a storage, without its password, also where it is none, or its password is in the query."""
     try:
-        return make_url(url).render_as_string(hide_password=True)
-    except ArgumentError:
-        return url
+        url = make_url(url).render_as_string(hide_password=True)
+    except (ArgumentError, ValueError):  # the latter of a port that is no number
+        url = re.sub(r":[^:/@]*@", ":***@", url)
+    return re.sub(r"(?i)([?&](?:password|passwd|pwd)=)[^&]*", r"\1***", url)

@@ -18,7 +18,7 @@ computes with their values in ``alpha``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterator, Mapping, Sequence, ValuesView
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from operator import attrgetter
@@ -36,6 +36,7 @@ from optuna_greedyhg.hypergrad.devices import as_device
 from optuna_greedyhg.hypergrad.domains import Hyperparameter
 from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.randomness import RandomState
+from optuna_greedyhg.hypergrad.second_derivatives import PlainWeightNorm, has_weight_norm
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 _NO_HOOKS = (
@@ -75,21 +76,26 @@ class Model:
         return self._computed(self._module, "", args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # nothing of the module's, and an endless search in an instance without a module
+            raise AttributeError(name)
         return self._at(name)
 
     def __getitem__(self, key: int | str) -> Any:
-        return self._at(_name_of(self._module[key], self._module))  # type: ignore[index]
+        return self._at(_name_of(key, self._module))
+
+    def __len__(self) -> int:
+        return len(self._module)  # type: ignore[arg-type]
 
     def _at(self, path: str) -> Any:
         """The module's attribute at a dotted path, while the module has the given weights."""
         name = path.rpartition(".")[2]
-        if name.startswith("__") or callable(getattr(nn.Module, name, None)):
+        if name != "forward" and callable(getattr(nn.Module, name, None)):
             raise AttributeError(
                 f"A loss must take no {name!r} of the model, which is a view of the module with other weights: there "
                 "are its forward pass, its own methods and parts, parameters() and named_parameters()."
             )
-        found = self._computed(_Getter(self._module), "module.", (path,), {})
-        return _Part(self, path) if callable(found) else found
+        found = self._computed(_Getter(self._module), "module.", (path, None), {})
+        return _Part(self, path) if callable(found) or isinstance(found, nn.Module) else found
 
     def _computed(self, module: nn.Module, prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The module's output; ``prefix`` leads from it to the user's."""
@@ -122,21 +128,47 @@ class _Part:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self._model
-        return model._computed(_Getter(model._module), "module.", (self._path, *args), {"calls": True, **kwargs})
+        result = model._computed(_Getter(model._module), "module.", (self._path, (args, kwargs)), {})
+        many = result if isinstance(result, (list, tuple)) else [result]
+        if any(isinstance(x, (nn.Module, Iterator, ValuesView, ItemsView)) for x in many):
+            raise TypeError(
+                f"A loss must take the model's parts one by one, as model.heads['a'], but model.{self._path}() returns "
+                "them as they are, with other weights than those of the moment."
+            )
+        return result
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return self._model._at(f"{self._path}.{name}")
 
     def __getitem__(self, key: int | str) -> Any:
-        container = attrgetter(self._path)(self._model._module)
-        return self._model._at(f"{self._path}.{_name_of(container[key], container)}")
+        return self._model._at(f"{self._path}.{_name_of(key, self._container)}")
+
+    def __len__(self) -> int:
+        return len(self._container)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The parts, or the keys of a dictionary of them."""
+        container = self._container
+        keys = container if isinstance(container, (nn.ModuleDict, nn.ParameterDict)) else range(len(container))
+        return iter(keys) if keys is container else (self[key] for key in keys)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._container
+
+    @property
+    def _container(self) -> Any:
+        return attrgetter(self._path)(self._model._module)
 
 
-def _name_of(part: object, container: nn.Module) -> str:
-    for name, child in container.named_children():
+def _name_of(key: int | str, container: Any) -> str:
+    """What the part, or the parameter, under this key is called within its container."""
+    part = container[key]
+    for name, child in (*container.named_children(), *container.named_parameters(recurse=False)):
         if child is part:
-            return name
-    raise TypeError(f"A loss must take one part of the model at a time, but asked for {part!r}; name each part.")
+            return str(name)
+    raise TypeError(f"A loss must take one part of the model at a time, but asked for {key!r}; name each part.")
 
 
 class _Getter(nn.Module):
@@ -146,9 +178,9 @@ class _Getter(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, path: str, *args: Any, calls: bool = False, **kwargs: Any) -> Any:
+    def forward(self, path: str, call: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Any:
         found = attrgetter(path)(self.module)
-        return found(*args, **kwargs) if calls else found
+        return found if call is None else found(*call[0], **call[1])
 
 
 Loss = Callable[[Model, Mapping[str, Tensor], Batch], Tensor]
@@ -231,6 +263,7 @@ class BilevelProblem:
         self._train_module = copy.deepcopy(model)
         self._eval_module = copy.deepcopy(model).eval()
         self._tied = _has_tied(model)
+        self._has_weight_norm = has_weight_norm(model)
         self._outer = trees.clone({name: p for name, p in model.named_parameters() if name in outer})
         self._constants = trees.clone({name: p for name, p in inner.items() if not p.requires_grad})
         self.initial_parameters = trees.clone({name: p for name, p in inner.items() if p.requires_grad})
@@ -365,7 +398,7 @@ class BilevelProblem:
     ) -> tuple[Tensor, Tensors]:
         """``L_train(w, α)`` on one batch, and the buffers after it."""
         model = self._model(self._train_module, parameters, buffers, alpha)
-        with self._precision():
+        with self._precision(), PlainWeightNorm() if self._has_weight_norm else nullcontext():
             loss = _scalar(self._train_loss(model, alpha, batches.to_device(batch, self.device)), "train_loss")
         return loss.to(self.dtype), {name: buffer.detach() for name, buffer in model.buffers.items()}
 

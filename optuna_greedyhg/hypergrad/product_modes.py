@@ -166,4 +166,4 @@ def _is_refusal(error: RuntimeError) -> bool:
     text = str(error).lower()
     refusals = ("not implemented", "double backward", "differentiate twice", "forward ad")
     of_dtype = "not implemented for '" in text  # which a loss says of a tensor of the wrong kind
-    return isinstance(error, NotImplementedError) or (any(r in text for r in refusals) and not of_dtype)
+    return not of_dtype and (isinstance(error, NotImplementedError) or any(refusal in text for refusal in refusals))

@@ -41,7 +41,7 @@ from optuna_greedyhg.hypergrad.product_modes import (
     require_whole,
 )
 from optuna_greedyhg.hypergrad.randomness import RandomState
-from optuna_greedyhg.hypergrad.second_derivatives import Demand, SecondDerivatives, convolutions_among
+from optuna_greedyhg.hypergrad.second_derivatives import Demand, LeanConvolutions, convolutions_among
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import (
     Made,
@@ -115,7 +115,7 @@ class Products:
         self.val_stream: Stream = problem.val_stream()
         self.cost = Cost()
         self.mode = ModeInUse(problem.product_mode)
-        self.intercepts = True  # until the loss has shown that there is nothing to replace: to look for it takes time
+        self.convolves = True  # until the loss has shown that it does not: to look for convolutions takes time
         self._domains = dict(domains)
 
     @property
@@ -285,13 +285,13 @@ class StepRecipe:
 
     def _gradient(self, state: TrainState, *, create_graph: bool) -> _Gradient:
         demand = Demand()
-        intercepts = create_graph and not self.products.problem.vectorized and self.products.intercepts
-        operators = SecondDerivatives(demand) if intercepts else None
+        lean = create_graph and not self.products.problem.vectorized and self.products.convolves
+        convolutions = LeanConvolutions(demand) if lean else None
         w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
         values = self.products.values(z)
         versions = {name: x._version for name, x in w.items()}  # autograd's count of writes, described in its notes
         with torch.enable_grad(), _plain_attention() if create_graph else nullcontext():
-            with operators or nullcontext():
+            with convolutions or nullcontext():
                 loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)
             _require_gradient(loss, "train_loss")
             # Of a constant, the derivative would leave out what a function that is differentiable once makes of it.
@@ -299,8 +299,8 @@ class StepRecipe:
             (gradient,) = _grad([loss], [w], [one], create_graph=create_graph)
         _require_unwritten(w, versions)
         _require_dense(gradient)
-        if operators is not None:
-            self.products.intercepts = operators.found
+        if convolutions is not None:
+            self.products.convolves = convolutions.found
         self.products.cost.n_train_gradients += self.products.problem.n_examples(self.batch)
         detached = {name: g.detach() for name, g in gradient.items()}
         reads = tuple(name for name in z if name in values.used)
@@ -437,7 +437,9 @@ class InnerStep:
         basis = trees.unflatten(torch.eye(n_coordinates, dtype=problem.dtype, device=example.device), recipe.alpha)
         with randomness.restored(recipe.random_state, problem.device), _plain_attention():
             pushed, gradients = torch.func.vmap(push, randomness="same")(tangents.parameters, tangents.slots, basis)
-        _require_same({name: g[0] for name, g in gradients.items()}, self.gradient)
+            drawn = randomness.capture(problem.device)
+        if not all(map(torch.equal, drawn, recipe.random_state)):
+            _require_same({name: g[0] for name, g in gradients.items()}, self.gradient)
         recipe.products.cost.n_products += n_coordinates * problem.n_examples(recipe.batch)
         return Tangents(*pushed)
 
@@ -537,7 +539,7 @@ class _Graph(NamedTuple):
 
 
 def _graph(loss: Tensor, gradient: Tensors, w: Tensors, z: Tensors, demand: Demand) -> _Graph:
-    # A gradient that is constant in w and α (a loss linear in both) has no graph, and a derivative of zero.
+    # The gradient of a weight that the loss does not read has no graph, and a derivative of zero.
     edges = {name: get_gradient_edge(g) for name, g in gradient.items() if g.requires_grad}
     nodes = graphs.behind([loss.grad_fn])
     convolutions = convolutions_among(nodes)
@@ -621,8 +623,8 @@ def _require_same(replayed: Tensors, gradient: Tensors) -> None:
     if distance > torch.finfo(length.dtype).eps ** (1 / 3) * length:  # of NaN, nothing is said here
         raise RuntimeError(
             "A step and its derivative must draw the same random numbers, but under torch.func the gradient is "
-            f"{distance / length:.0%} off the step's: a dropout mask is filled in another order there if its tensor is "
-            "not contiguous. Make it .contiguous(), or use Reverse(), which needs no torch.func."
+            f"{distance / length:.0%} off the step's: a dropout mask may be filled in another order there if its "
+            "tensor is not contiguous. Make it .contiguous(), or use Reverse(), which needs no torch.func."
         )
 
 

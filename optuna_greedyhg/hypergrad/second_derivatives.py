@@ -7,8 +7,8 @@ and bias, they are
 
     for ȳ:  X ∗ w + x ∗ W + B          for x:  ȳ ∗ᵀ W          for w:  X ∗ᵀ ȳ
 
-*Weight normalization*, w = g·v/‖v‖, is a fused operator in PyTorch, whose second derivative there fails PyTorch's own
-check. Here it is computed as it is written.
+*Weight normalization*, w = g·v/‖v‖, is a fused operator in PyTorch, which has no forward derivative, and whose second
+derivative fails PyTorch's own check. Here it is computed as it is written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
@@ -62,8 +62,8 @@ class _Geometry(NamedTuple):
         return x_bar, w_bar, bias_bar
 
 
-class SecondDerivatives(TorchFunctionMode):
-    """Within it, these operators have these second derivatives, whoever calls them.
+class LeanConvolutions(TorchFunctionMode):
+    """Within it, ``torch.conv1d``, ``conv2d`` and ``conv3d`` have this second derivative, whoever calls them.
 
     Attributes:
         found: Whether there has been one.
@@ -83,10 +83,24 @@ class SecondDerivatives(TorchFunctionMode):
             self.found = True
             x, w, bias, geometry = taken
             return _Convolution.apply(x, w, bias, geometry, self._demand)  # type: ignore[no-untyped-call]
-        if function is torch._weight_norm:  # what torch.nn.utils.parametrizations.weight_norm calls; private there, too
-            self.found = True
-            return _weight_norm(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+class PlainWeightNorm(TorchFunctionMode):
+    """Within it, ``torch.nn.utils.parametrizations.weight_norm`` computes what it stands for, by plain arithmetic."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        # The operator, and the classes below, are private in PyTorch; there is no other way to know them.
+        return (_weight_norm if function is torch._weight_norm else function)(*args, **(kwargs or {}))
+
+
+def has_weight_norm(module: nn.Module) -> bool:
+    """Whether a part of it has its weights normalized, by a parametrization or, as before torch 2, by a hook."""
+    hooks = (hook for part in module.modules() for hook in part._forward_pre_hooks.values())
+    names = {type(part).__name__ for part in (*module.modules(), *hooks)}
+    return not names.isdisjoint({"_WeightNorm", "WeightNorm"})
 
 
 def convolutions_among(nodes: Iterable[Node]) -> set[Node]:
@@ -96,8 +110,8 @@ def convolutions_among(nodes: Iterable[Node]) -> set[Node]:
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    others = [i for i in range(v.ndim) if i != dim % v.ndim]
-    norm: Tensor = torch.linalg.vector_norm(v, dim=None if dim == -1 else others, keepdim=dim != -1)
+    # Of all entries, norm_except_dim gives forward derivatives of another shape than its result.
+    norm = torch.linalg.vector_norm(v) if dim == -1 else torch.norm_except_dim(v, 2, dim)
     return v * (g / norm)
 
 

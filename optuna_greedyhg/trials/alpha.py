@@ -299,8 +299,8 @@ def _warn_of_other_sampler(trial: Trial, name: str) -> None:
             warn_once(
                 trial,
                 f"this study's sampler is a {type(trial.study.sampler).__name__}, under which parameters stay at their "
-                f"seeds, while trials as {other.number} have refined ones: sampler and best_params will mistake one "
-                "for the other. Load the study with sampler=GreedyHGSampler(...).",
+                f"seeds, while trials such as {other.number} have refined ones: sampler and best_params will mistake "
+                "one for the other. Load the study with sampler=GreedyHGSampler(...).",
             )
             return
 

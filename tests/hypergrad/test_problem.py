@@ -147,10 +147,14 @@ class Autoencoder(nn.Module):
         self.encoder = nn.Sequential(weight_norm(nn.Linear(3, 2)), nn.Tanh())
         self.norm, self.decoder = nn.BatchNorm1d(2), nn.Linear(2, 3)
         self.heads = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
+        self.scales = nn.ParameterList([torch.ones(2), torch.ones(2)])
         self.width = 2
 
-    def encode(self, x, *, calls=2.0):
+    def encode(self, x, *, calls=2.0, path=None):
         return calls * self.norm(self.encoder(x))
+
+    def all_heads(self):
+        return list(self.heads.values())
 
     def forward(self, x):
         return self.decoder(self.encode(x))
@@ -166,6 +170,11 @@ VIEWS = {
     "in a list": lambda m, x: m.encoder[-1](m.encoder[0](x)).square().mean(),
     "in a loop": lambda m, x: functools.reduce(lambda y, layer: layer(y), m.encoder, x).square().mean(),
     "in a dictionary": lambda m, x: (m.heads["a"](m.encode(x)) * m.heads.b(m.encode(x))).mean(),
+    "in all of a dictionary": lambda m, x: sum(m.heads[key](m.encode(x)).mean() for key in m.heads),
+    "if it is there": lambda m, x: m(x).mean() if "a" in m.heads and len(m.heads) == 2 else None,
+    "in a list of weights": lambda m, x: (m.encode(x) * m.scales[0] * m.scales[-1]).sum(),
+    "keywords": lambda m, x: m.encode(x, calls=3.0, path="p").sum(),
+    "forward": lambda m, x: m.forward(x).square().mean() + m.decoder.forward(m.encode(x)).mean(),
     "weight": lambda m, x: m.decoder.weight.square().sum(),
     "computed weight": lambda m, x: m.encoder[0].weight.square().sum(),
     "property": lambda m, x: m.length * m.width,
@@ -201,6 +210,10 @@ class TestViewOfTheModule:
             (lambda m, x: m.encoder.eval()(x).mean(), AttributeError, "must take no 'eval' of the model"),
             (lambda m, x: m.missing(x).mean(), AttributeError, "no attribute 'missing'"),
             (lambda m, x: m.encoder[:1](x).mean(), TypeError, "one part of the model at a time"),
+            (lambda m, x: sum(h(m.encode(x)).mean() for h in m.heads.values()), TypeError, "one by one"),
+            (lambda m, x: sum(h(m.encode(x)).mean() for h in m.all_heads()), TypeError, "one by one"),
+            (lambda m, x: m.encoder[5](x).mean(), IndexError, "out of range"),
+            (lambda m, x: copy.deepcopy(m.encoder).missing(x).mean(), AttributeError, "no attribute 'missing'"),
         ],
     )
     def test_what_is_not_there(self, view, error, message):

@@ -160,7 +160,7 @@ def test_convolutions_are_not_looked_for_again_where_there_are_none(middle, conv
     alpha, state, products = case.alpha(), case.state_after(0), case.products()
     v = random_covector(state)
     first, second = (products.step(state, alpha, case.train_batch(0), keep_graph=True).times_b(v) for _ in range(2))
-    assert products.intercepts == convolves
+    assert products.convolves == convolves
     assert_agree(second, first, rtol=1e-12)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optuna_greedyhg.hypergrad.second_derivatives import Demand, SecondDerivatives
+from optuna_greedyhg.hypergrad.second_derivatives import Demand, LeanConvolutions
 
 CONVOLUTIONS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 GEOMETRIES = [
@@ -45,7 +45,7 @@ def test_all_derivatives_are_those_of_torch(n: int, geometry: dict[str, int], bi
         return CONVOLUTIONS[n](x, w, b, **geometry)
 
     expected = derivatives(convolve, leaves)
-    with SecondDerivatives(Demand()):
+    with LeanConvolutions(Demand()):
         result = derivatives(convolve, leaves)
     assert type(result[0].grad_fn).__name__ == "_ConvolutionBackward"
     for a, b in zip(result, expected, strict=True):
@@ -65,7 +65,7 @@ def test_cotangents_that_are_missing(given: tuple[int, ...]) -> None:
         return torch.autograd.grad(chosen, [y_bar, *leaves], [g.detach() for g in chosen], materialize_grads=True)
 
     expected = derivatives()
-    with SecondDerivatives(Demand()):
+    with LeanConvolutions(Demand()):
         result = derivatives()
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -76,7 +76,7 @@ def test_without_demand_only_the_way_to_the_gradient_is_computed() -> None:
     x, w, y_bar = random(2, 3, 5, 5, requires_grad=True), random(4, 3, 3, 3), random(2, 4, 3, 3, requires_grad=True)
     w.requires_grad_()
     demand = Demand(inputs=False)
-    with SecondDerivatives(demand):
+    with LeanConvolutions(demand):
         first = torch.autograd.grad(torch.conv2d(x, w), [x, w], y_bar, create_graph=True)
     cotangents = [g.detach() for g in first]
     calls = {}
@@ -99,7 +99,7 @@ def test_without_demand_only_the_way_to_the_gradient_is_computed() -> None:
 )
 def test_it_reaches_into_modules(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    with SecondDerivatives(Demand()) as operators:
+    with LeanConvolutions(Demand()) as operators:
         assert type(layer(x).grad_fn).__name__ == "_ConvolutionBackward"
     assert operators.found
 
@@ -114,7 +114,7 @@ def test_it_reaches_into_modules(layer: nn.Module, shape: tuple[int, ...]) -> No
 )
 def test_what_it_does_not_know_is_left_to_torch(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    with SecondDerivatives(Demand()) as operators:
+    with LeanConvolutions(Demand()) as operators:
         y = layer(x)
     assert not operators.found
     assert type(y.grad_fn).__name__ != "_ConvolutionBackward"
@@ -123,7 +123,7 @@ def test_what_it_does_not_know_is_left_to_torch(layer: nn.Module, shape: tuple[i
 
 def test_mixed_precision_is_left_to_torch() -> None:
     layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
-    with SecondDerivatives(Demand()), torch.autocast("cpu", dtype=torch.bfloat16):
+    with LeanConvolutions(Demand()), torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     assert type(y.grad_fn).__name__ != "_ConvolutionBackward"

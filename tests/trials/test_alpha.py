@@ -189,7 +189,7 @@ def test_a_study_that_is_loaded_without_its_sampler_says_so_once(caplog: pytest.
     loaded = optuna.load_study(study_name=study.study_name, storage=storage)
     loaded.optimize(problems.refine, n_trials=2)
     (said,) = (record.getMessage() for record in caplog.records if "sampler" in record.getMessage())
-    assert re.search(r"sampler is a TPESampler, under which .* trials as 0 .* with sampler=GreedyHGSampler", said)
+    assert re.search(r"sampler is a TPESampler, under which .* trials such as 0 .* with sampler=GreedyHGSampler", said)
 
 
 def test_a_study_that_never_had_the_sampler_is_left_in_peace(caplog: pytest.LogCaptureFixture) -> None:
