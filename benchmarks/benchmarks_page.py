@@ -92,8 +92,9 @@ def comparison_sections() -> str:
 def _section(task: str, content: Mapping[str, Any]) -> str:
     its = statistics_in(content)
     file = f"compare_{task.replace('-', '_')}.json"
+    seeds = "1 seed" if its.n_seeds == 1 else f"{its.n_seeds} seeds"
     how = (
-        f"{TASKS[task]}; {its.n_seeds} seeds, {content['n_full_trainings']:g} full trainings each. "
+        f"{TASKS[task]}; {seeds}, {content['n_full_trainings']:g} full trainings each. "
         f"[`{file}`](../benchmarks/results/{file}), on {content['machine']['processor']}, torch "
         f"{content['versions']['torch']}, made by"
     )
