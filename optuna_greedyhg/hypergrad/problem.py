@@ -46,7 +46,44 @@ _NO_HOOKS = (
 )
 
 
-class Model:
+class _View:
+    """What a :class:`Model` and its parts have alike: the names and the items of a part of the user's module."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # nothing of the module's, and an endless search in an instance without a module
+            raise AttributeError(name)
+        return self._at(name)
+
+    def __getitem__(self, key: int | str) -> Any:
+        return self._at(_name_of(key, self._container))
+
+    def __len__(self) -> int:
+        return len(self._container)
+
+    def __bool__(self) -> bool:  # a module without a length is true, too
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        """The parts, or the keys of a dictionary of them."""
+        container = self._container
+        if isinstance(container, (nn.ModuleDict, nn.ParameterDict)):
+            return iter(container)
+        return (self[key] for key in range(len(container)))
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._container
+
+    def _at(self, path: str) -> Any:
+        """What is at a dotted path from here, with the given weights."""
+        raise NotImplementedError
+
+    @property
+    def _container(self) -> Any:
+        """The part of the user's own module, whose weights are others."""
+        raise NotImplementedError
+
+
+class Model(_View):
     """The user's module with given weights: called like the module, it computes with ``parameters`` and ``buffers``.
 
     So do the module's own methods (``model.encode(x)``), its parts (``model.head(x)``, ``model[0](x)``), their weights
@@ -75,19 +112,11 @@ class Model:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._computed(self._module, "", args, kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # nothing of the module's, and an endless search in an instance without a module
-            raise AttributeError(name)
-        return self._at(name)
-
-    def __getitem__(self, key: int | str) -> Any:
-        return self._at(_name_of(key, self._module))
-
-    def __len__(self) -> int:
-        return len(self._module)  # type: ignore[arg-type]
+    @property
+    def _container(self) -> Any:
+        return self._module
 
     def _at(self, path: str) -> Any:
-        """The module's attribute at a dotted path, while the module has the given weights."""
         name = path.rpartition(".")[2]
         if name != "forward" and callable(getattr(nn.Module, name, None)):
             raise AttributeError(
@@ -119,7 +148,7 @@ class Model:
         return self._module.training
 
 
-class _Part:
+class _Part(_View):
     """A method or a part of the user's module, with the weights of a :class:`Model`."""
 
     def __init__(self, model: Model, path: str) -> None:
@@ -137,25 +166,8 @@ class _Part:
             )
         return result
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return self._model._at(f"{self._path}.{name}")
-
-    def __getitem__(self, key: int | str) -> Any:
-        return self._model._at(f"{self._path}.{_name_of(key, self._container)}")
-
-    def __len__(self) -> int:
-        return len(self._container)
-
-    def __iter__(self) -> Iterator[Any]:
-        """The parts, or the keys of a dictionary of them."""
-        container = self._container
-        keys = container if isinstance(container, (nn.ModuleDict, nn.ParameterDict)) else range(len(container))
-        return iter(keys) if keys is container else (self[key] for key in keys)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._container
+    def _at(self, path: str) -> Any:
+        return self._model._at(f"{self._path}.{path}")
 
     @property
     def _container(self) -> Any:

@@ -63,11 +63,8 @@ class FashionCleaning:
         share: float = 0.5,
         val_batch: int = 100,
     ) -> None:
-        if folder is None:
-            raise DataError(f"{self.name} needs a data folder with Fashion-MNIST's four idx files.")
         generator = torch.Generator().manual_seed(seed)
-        images, labels = read_images_and_labels(folder, "train")
-        val_images, val_labels = read_images_and_labels(folder, "t10k")
+        (images, labels), (val_images, val_labels) = read_files(folder, self.name)
         order = torch.randperm(len(labels), generator=generator)
         chosen, held_out = order[:N_TRAIN], order[N_TRAIN : N_TRAIN + 10_000]
         noisy, self.is_wrong = cleaning.corrupt(labels[chosen], share, N_CLASSES, generator)
@@ -112,6 +109,17 @@ def make_conv_net() -> nn.Sequential:
     for p in net.parameters():  # about twice as fast on a CPU
         p.data = p.data.contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.contiguous_format)
     return net
+
+
+def read_files(folder: Path | None, task: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Images and labels of the training file, and of the test file.
+
+    Raises:
+        DataError: If there is no folder, or its files cannot be read.
+    """
+    if folder is None:
+        raise DataError(f"{task} needs a data folder with Fashion-MNIST's four idx files.")
+    return read_images_and_labels(folder, "train"), read_images_and_labels(folder, "t10k")
 
 
 def batched(images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:

@@ -17,8 +17,7 @@ from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.update_rules import SGD, UpdateRule
 from optuna_greedyhg.tasks import cleaning
 from optuna_greedyhg.tasks.base import Settings, accuracy
-from optuna_greedyhg.tasks.fashion import EVAL_BATCH, N_CLASSES, batched, make_conv_net
-from optuna_greedyhg.tasks.idx import DataError, read_images_and_labels
+from optuna_greedyhg.tasks.fashion import EVAL_BATCH, N_CLASSES, batched, make_conv_net, read_files
 from optuna_greedyhg.trials.alpha import Alpha
 
 _BATCH = 500
@@ -59,11 +58,8 @@ class FashionWeights:
         share: float = 0.5,
         val_batch: int = 100,
     ) -> None:
-        if folder is None:
-            raise DataError(f"{self.name} needs a data folder with Fashion-MNIST's four idx files.")
         generator = torch.Generator().manual_seed(seed)
-        images, labels = read_images_and_labels(folder, "train")
-        test_images, test_labels = read_images_and_labels(folder, "t10k")
+        (images, labels), (test_images, test_labels) = read_files(folder, self.name)
         order = torch.randperm(len(labels), generator=generator)
         held_out, chosen = order[: len(order) // 6], order[len(order) // 6 :]
         noisy, self.is_wrong = cleaning.corrupt(labels[chosen], share, N_CLASSES, generator)

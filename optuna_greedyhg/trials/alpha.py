@@ -212,8 +212,8 @@ class Alpha:
     def _seed(self, name: str, distribution: FloatDistribution) -> float:
         queued, sampler = self._queued_seed(name, distribution), self._sampler()
         if sampler is None:
-            if isinstance(self._trial, Trial):
-                _warn_of_other_sampler(self._trial, name)
+            if isinstance(self._trial, Trial) and not self._distributions:  # once a trial
+                _warn_of_other_sampler(self._trial)
             drawn = self._trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
             if queued is not None and queued != drawn:
                 _logger.warning(
@@ -291,11 +291,14 @@ class Alpha:
             raise _taken(name)
 
 
-def _warn_of_other_sampler(trial: Trial, name: str) -> None:
+def _warn_of_other_sampler(trial: Trial) -> None:
     """``load_study`` without a sampler makes a TPESampler, under which parameters are seeds."""
     for other in outlast(trial.study.get_trials, deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED)):
-        seed, refined = (other.user_attrs.get(prefix + name) for prefix in (records.SEED, records.REFINED))
-        if refined is not None and seed != refined == other.params.get(name):
+        attributes = other.user_attrs
+        if any(
+            attributes.get(records.REFINED + name) == value != attributes.get(records.SEED + name)
+            for name, value in other.params.items()
+        ):
             warn_once(
                 trial,
                 f"this study's sampler is a {type(trial.study.sampler).__name__}, under which parameters stay at their "

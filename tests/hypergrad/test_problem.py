@@ -173,6 +173,7 @@ VIEWS = {
     "in all of a dictionary": lambda m, x: sum(m.heads[key](m.encode(x)).mean() for key in m.heads),
     "if it is there": lambda m, x: m(x).mean() if "a" in m.heads and len(m.heads) == 2 else None,
     "in a list of weights": lambda m, x: (m.encode(x) * m.scales[0] * m.scales[-1]).sum(),
+    "truth": lambda m, x: m(x).mean() if m and m.decoder else None,
     "keywords": lambda m, x: m.encode(x, calls=3.0, path="p").sum(),
     "forward": lambda m, x: m.forward(x).square().mean() + m.decoder.forward(m.encode(x)).mean(),
     "weight": lambda m, x: m.decoder.weight.square().sum(),

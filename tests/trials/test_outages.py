@@ -124,6 +124,20 @@ def assert_alike(trial: FrozenTrial, other: FrozenTrial) -> None:
     assert trial.system_attrs | {IMPROVEMENTS: []} == other.system_attrs | {IMPROVEMENTS: []}
 
 
+def failing(method: Callable[..., Any], *, done: bool = False) -> tuple[Callable[..., Any], Iterator[int]]:
+    """The method, which raises an error three times at first, whether it has done its work or not; and those left."""
+    failures = iter(range(3))
+
+    def unreachable(*args: Any, **kwargs: Any) -> Any:
+        if next(failures, None) is None:
+            return method(*args, **kwargs)
+        if done:
+            method(*args, **kwargs)
+        raise of_a_database(OperationalError)
+
+    return unreachable, failures
+
+
 @pytest.mark.parametrize("done", [False, True], ids=["not done", "done, and the answer lost"])
 @pytest.mark.parametrize(
     "method",
@@ -140,14 +154,7 @@ def test_whatever_the_storage_is_asked_when_it_goes_away_the_trial_is_whole(
 ) -> None:
     monkeypatch.setattr(outages, "_FIRST_PAUSE", 0.0)
     storage = InMemoryStorage()
-    whole, failures = getattr(storage, method), iter(range(3))
-
-    def unreachable(*args: Any, **kwargs: Any) -> Any:
-        if next(failures, None) is None:
-            return whole(*args, **kwargs)
-        if done:
-            whole(*args, **kwargs)
-        raise of_a_database(OperationalError)
+    unreachable, failures = failing(getattr(storage, method), done=done)
 
     def cut(trial: Any, step: ghg.OuterStep) -> None:
         if step.index == 1:
@@ -165,12 +172,7 @@ def test_a_storage_that_goes_away_while_seeds_are_drawn(
 ) -> None:
     monkeypatch.setattr(outages, "_FIRST_PAUSE", 0.0)
     storage = InMemoryStorage()
-    whole, failures = getattr(storage, method), iter(range(3))
-
-    def unreachable(*args: Any, **kwargs: Any) -> Any:
-        if next(failures, None) is None:
-            return whole(*args, **kwargs)
-        raise of_a_database(OperationalError)
+    unreachable, failures = failing(getattr(storage, method))
 
     made = study(storage)
     monkeypatch.setattr(storage, method, unreachable)
