@@ -1,9 +1,10 @@
 """On a GPU: what does a greedy outer step cost beside plain gradients, how much memory, and does anybody wait for it?
 
 The problem of ``peers.py``, T = 10; in float32, and with the losses in bfloat16. The floor of the running variant is
-1.33 times T training and T validation gradients, if kernels and not their launches take the time.
+1.33 times T training and T validation gradients, if kernels and not their launches take the time. *Recorded* is what a
+descent does with CUDA graphs: one call for the whole horizon.
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu.json     # one or two minutes
+    python benchmarks/gpu.py --n-examples 100 1000 --out benchmarks/results/gpu.json     # two minutes
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +28,29 @@ from step_cost import MODELS, median_ratio, take_turns
 
 from optuna_greedyhg.hypergrad.batches import to_device
 from optuna_greedyhg.hypergrad.devices import as_device
+from optuna_greedyhg.hypergrad.domains import Unbounded
 from optuna_greedyhg.hypergrad.peak_memory import peak_bytes
+from optuna_greedyhg.hypergrad.problem import BilevelProblem
+from optuna_greedyhg.hypergrad.products import Products
+from optuna_greedyhg.hypergrad.update_rules import SGD
+from optuna_greedyhg.hypergrad.work import Horizon
 
 HORIZON = 10
-PEAKS = (("greedy", HORIZON), ("greedy", 1000), ("reverse, replayed", HORIZON), ("reverse, replayed", 10 * HORIZON))
+PEAKS = (("greedy", HORIZON), ("greedy", 10 * HORIZON), ("reverse, replayed", HORIZON), ("reverse, replayed", 10 * HORIZON))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=as_device, default="cuda")
-    parser.add_argument("--n-examples", type=int, default=1000)
+    parser.add_argument("--n-examples", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
-    result = {**environment.describe(), "horizon": HORIZON, "n_examples": arguments.n_examples}
-    for model in MODELS:
-        setting = Setting(model, HORIZON, arguments.n_examples)
+    result = {**environment.describe(), "horizon": HORIZON}
+    for model, n_examples in product(MODELS, arguments.n_examples):
+        setting = Setting(model, HORIZON, n_examples)
         for autocast in (None, torch.bfloat16):
-            name = f"{model}, {'float32' if autocast is None else 'bfloat16'}"
+            name = f"{model}, batches of {n_examples}, {'float32' if autocast is None else 'bfloat16'}"
             result[name] = measured(setting, arguments.device, autocast, arguments.repeats)
             print(name, json.dumps(result[name]), flush=True)
     if arguments.out is not None:
@@ -61,15 +68,41 @@ def measured(setting: Setting, device: torch.device, autocast: torch.dtype | Non
         "training": plain_gradients(setting, device, autocast, validate=False),
         "both gradients": plain_gradients(setting, device, autocast, validate=True),
         **{name: ours(name) for name in ("greedy", "terminal", "t1t2", "reverse")},
+        **{f"{name}, recorded": in_a_descent(setting, name, device, autocast) for name in ("greedy", "terminal")},
     }
     times = take_turns({name: awaited(run, device) for name, run in work.items()}, repeats)
     return {
         "milliseconds_of_a_step": {name: 1e3 * statistics.median(its) / HORIZON for name, its in times.items()},
         "greedy / both gradients": median_ratio(times["greedy"], times["both gradients"]),
+        "greedy, recorded / both gradients": median_ratio(times["greedy, recorded"], times["both gradients"]),
+        "greedy / greedy, recorded": median_ratio(times["greedy"], times["greedy, recorded"]),
         "terminal / training": median_ratio(times["terminal"], times["training"]),
         "peak_mb": {f"{name}, T = {horizon}": peak_bytes(ours(name, horizon), device) / 1e6 for name, horizon in PEAKS},
         "waits_within_a_horizon": waits_of(work["greedy"]) if device.type == "cuda" else None,
     }
+
+
+def in_a_descent(
+    setting: Setting, name: str, device: torch.device, autocast: torch.dtype | None
+) -> Callable[[], object]:
+    """A horizon as a descent asks for it, with CUDA graphs; recorded already."""
+    net, logits = setting.net(), torch.zeros(setting.n_examples, device=device)
+    problem = BilevelProblem(
+        model=net,
+        train_loss=lambda model, alpha, batch: train_loss(model, alpha["logits"], batch),
+        val_loss=lambda model, alpha, batch: val_loss(model, batch),
+        train_batches=setting.train,
+        val_batches=setting.val,
+        device=device,
+        autocast=autocast,
+        cuda_graphs=True,
+    )
+    products = Products(problem, {"logits": Unbounded()}, SGD(lr=LR, momentum=MOMENTUM))
+    start = products.initial_state()
+    work = Horizon(problem, products, ESTIMATORS[name], None, {"logits": logits}, start, setting.horizon, 0)
+    for _ in range(3):
+        work.perform()
+    return work.perform
 
 
 def plain_gradients(

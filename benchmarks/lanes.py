@@ -96,6 +96,7 @@ class Digits:
             val_loss=val_loss,
             train_batches=self._train,
             val_batches=self._val,
+            cuda_graphs=True,
         )
 
 

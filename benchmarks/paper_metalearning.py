@@ -210,6 +210,7 @@ def make_problem(cell: grid.Cell, setting: Setting, images: Tensor) -> MetaProbl
         n_episodes=cell["n_episodes"],
         metrics={"accuracy": accuracy},
         outer_parameters=WARP_LAYERS,
+        cuda_graphs=True,
     )
 
 

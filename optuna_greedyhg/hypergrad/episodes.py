@@ -54,6 +54,7 @@ class MetaProblem:
         product_mode: As for :class:`BilevelProblem`.
         device: Where to compute.
         autocast: The dtype of what tolerates it.
+        cuda_graphs: Whether to record and replay, where episodes have batches of equal shapes.
 
     Raises:
         TypeError: If ``draw`` is not callable, or as :class:`BilevelProblem` does.
@@ -77,6 +78,7 @@ class MetaProblem:
         product_mode: ProductMode | None = None,
         device: torch.device | str | None = None,
         autocast: torch.dtype | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         if not callable(draw):
             raise TypeError("draw must be a function without arguments that returns an Episode.")
@@ -97,6 +99,7 @@ class MetaProblem:
             product_mode=product_mode,
             device=device,
             autocast=autocast,
+            cuda_graphs=cuda_graphs,
         )
         self.val_episodes = (first, *(first.with_batches(*episode) for episode in held_out[1:]))
         self.test_episodes = tuple(first.with_batches(*episode) for episode in test_episodes)

@@ -159,6 +159,12 @@ class Products:
         other.cost = self.cost if cost is None else cost
         return other
 
+    def drawing_from(self, train_stream: Stream, val_stream: Stream) -> Products:
+        """The same problem with batches from elsewhere, and costs counted from zero."""
+        other = copy.copy(self)
+        other.train_stream, other.val_stream, other.cost = train_stream, val_stream, Cost()
+        return other
+
     def with_rule(self, update_rule: UpdateRule) -> Products:
         """The same problem, streams and costs under another update rule."""
         other = copy.copy(self)
@@ -188,7 +194,7 @@ class Products:
             keep_graph: Keep the gradient's graph for the first product that is asked for.
             remaining: The number T − t of steps that come after it in its horizon.
         """
-        recipe = StepRecipe(self, alpha, batch, randomness.capture(self.problem.device), remaining)
+        recipe = StepRecipe(self, alpha, batch, _capture(self.problem), remaining)
         return recipe.cook(state, keep_graph)
 
     def validate(self, state: TrainState, alpha: Tensors, batch: Batch) -> Validation:
@@ -223,7 +229,7 @@ class StepRecipe:
 
     def make(self, state: TrainState, *, keep_graph: bool = False) -> InnerStep:
         """The step from another state, or again from the same, with the random numbers that it had."""
-        with self._replayed():
+        with self.replayed():
             return self.cook(state, keep_graph)
 
     def with_rule(self, update_rule: UpdateRule) -> StepRecipe:
@@ -263,7 +269,7 @@ class StepRecipe:
 
     def graph_at(self, state: TrainState) -> _Graph:
         """The graph of ∇_w L_train at a state, with the random numbers that the step had."""
-        with self._replayed():
+        with self.replayed():
             graph = self._gradient(state, create_graph=True).graph
         assert graph is not None
         return graph
@@ -272,7 +278,7 @@ class StepRecipe:
         """u·∇²_w L_train and u·∂g/∂α in a mode that needs no graph, with the random numbers that the step had."""
 
         def loss(w: Tensors, z: Tensors) -> Tensor:
-            with self._replayed(), _plain_attention():
+            with self.replayed(), _plain_attention():
                 values = self.products.values({**self.alpha, **z})
                 # Lanes have a loss each; nothing couples them, so that the derivatives of the sum are theirs.
                 return self.products.problem.train(w, state.buffers, values, self.batch)[0].sum()
@@ -280,8 +286,12 @@ class StepRecipe:
         take = along_by_forward_mode if mode is ProductMode.FORWARD else along_by_differences
         return take(loss, state.parameters, {name: self.alpha[name] for name in reads}, u, to_state)
 
-    def _replayed(self) -> AbstractContextManager[None]:
-        return randomness.restored(self.random_state, self.products.problem.device)
+    def replayed(self) -> AbstractContextManager[None]:
+        """Within the block, the step's random numbers are drawn again."""
+        problem = self.products.problem
+        if problem.recorder is not None:
+            return problem.recorder.restored(self.random_state)
+        return randomness.restored(self.random_state, problem.device)
 
     def _gradient(self, state: TrainState, *, create_graph: bool) -> _Gradient:
         demand = Demand()
@@ -435,9 +445,9 @@ class InnerStep:
             tangents = Tangents(_stacked_zeros(before.parameters, n_coordinates), slots)
         example = next(iter(before.parameters.values()))
         basis = trees.unflatten(torch.eye(n_coordinates, dtype=problem.dtype, device=example.device), recipe.alpha)
-        with randomness.restored(recipe.random_state, problem.device), _plain_attention():
+        with recipe.replayed(), _plain_attention():
             pushed, gradients = torch.func.vmap(push, randomness="same")(tangents.parameters, tangents.slots, basis)
-            drawn = randomness.capture(problem.device)
+            drawn = _capture(problem)
         if not all(map(torch.equal, drawn, recipe.random_state)):
             _require_same({name: g[0] for name, g in gradients.items()}, self.gradient)
         recipe.products.cost.n_products += n_coordinates * problem.n_examples(recipe.batch)
@@ -602,6 +612,10 @@ def _grad(
     else:
         bars = iter([torch.zeros_like(x) for x in flat])
     return [{name: next(bars) for name in tree} for tree in inputs]
+
+
+def _capture(problem: BilevelProblem) -> RandomState:
+    return randomness.capture(problem.device) if problem.recorder is None else problem.recorder.capture()
 
 
 def _plain_attention() -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def seeded(seed: int, device: torch.device, generators: Sequence[torch.Generator
 def restored(state: RandomState, device: torch.device, generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
     """Runs the block from a captured random state, and puts the present one back afterwards."""
     with _preserved(device, generators):
-        _restore(state, device, generators)
+        restore(state, device, generators)
         yield
 
 
@@ -51,20 +52,39 @@ def capture(device: torch.device, generators: Sequence[torch.Generator] = ()) ->
     return (*state, *(generator.get_state() for generator in generators))
 
 
+def restore(state: RandomState, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
+    """Puts the generators into a captured state."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+    for generator, its in zip(generators, state[len(state) - len(generators) :], strict=True):
+        generator.set_state(its)
+
+
+def capture_others() -> tuple[Any, Any]:
+    """The states of Python's global generator, and of NumPy's, if the process has NumPy: who draws has imported it."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), None if numpy is None else numpy.random.get_state()
+
+
+def restore_others(state: tuple[Any, Any]) -> None:
+    """Puts these generators into a captured state."""
+    pythons, numpys = state
+    random.setstate(pythons)
+    if numpys is not None:
+        sys.modules["numpy"].random.set_state(numpys)
+
+
 @contextmanager
 def _others_seeded(seed: int) -> Iterator[None]:
-    """Python's global generator, and NumPy's, if the process has NumPy: whoever draws from it has imported it."""
-    numpy = sys.modules.get("numpy")
-    present, numpys = random.getstate(), None if numpy is None else numpy.random.get_state()
+    present = capture_others()
     random.seed(seed)
-    if numpy is not None:
-        numpy.random.seed(seed % 2**32)
+    if present[1] is not None:
+        sys.modules["numpy"].random.seed(seed % 2**32)
     try:
         yield
     finally:
-        random.setstate(present)
-        if numpy is not None:
-            numpy.random.set_state(numpys)
+        restore_others(present)
 
 
 @contextmanager
@@ -73,12 +93,4 @@ def _preserved(device: torch.device, generators: Sequence[torch.Generator]) -> I
     try:
         yield
     finally:
-        _restore(present, device, generators)
-
-
-def _restore(state: RandomState, device: torch.device, generators: Sequence[torch.Generator]) -> None:
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
-    for generator, its in zip(generators, state[len(state) - len(generators) :], strict=True):
-        generator.set_state(its)
+        restore(present, device, generators)

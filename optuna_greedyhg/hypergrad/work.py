@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from optuna_greedyhg.hypergrad import trees
+from optuna_greedyhg.hypergrad import recorded, trees
 from optuna_greedyhg.hypergrad.batches import Batch
 from optuna_greedyhg.hypergrad.episodes import Problem
 from optuna_greedyhg.hypergrad.estimators import Estimator, Folded, fold
@@ -97,8 +97,11 @@ class Training:
         """The steps, one after the other."""
         problem, state = self.products.problem, self.state
         with problem.restored(self.random_state):
-            for _ in range(self.n_steps):
-                state = self.products.step(state, self.alpha, next(self.batches)).after
+            if problem.recorder is not None:
+                state = recorded.train(problem.recorder, self.products, state, self.alpha, self.batches, self.n_steps)
+            else:
+                for _ in range(self.n_steps):
+                    state = self.products.step(state, self.alpha, next(self.batches)).after
             return Trained(state, problem.random_state())
 
 
@@ -152,13 +155,19 @@ class Horizon:
 
     def roll_out(self, products: Products) -> RollOut:
         """The horizon for one problem, with the random numbers that come."""
-        folded = self.fold(products)
-        validated = folded.end.validated
-        val_loss = None if validated is None else validated.loss
-        state, hypergradient = folded.end.after, folded.estimate
-        asked = [] if val_loss is None else [val_loss]
-        is_finite = trees.all_finite([*state.tensors, *hypergradient.values(), *asked])
-        return RollOut(state, hypergradient, val_loss, folded.carried, is_finite)
+        recorder = products.problem.recorder
+        if recorder is None or self.carried is not None:
+            ended = recorded.end_of(self.fold(products))
+        else:
+            ended = recorded.roll_out(
+                recorder, products, self.estimator, self._fold_from, self.state, self.alpha, self.n_steps
+            )
+        asked = [] if ended.val_loss is None else [ended.val_loss]
+        is_finite = trees.all_finite([*ended.state.tensors, *ended.hypergradient.values(), *asked])
+        return RollOut(*ended, is_finite)
+
+    def _fold_from(self, products: Products, state: TrainState, alpha: Tensors) -> Folded:
+        return replace(self, state=state, alpha=alpha).fold(products)
 
     def fold(self, products: Products) -> Folded:
         """The steps, folded by the estimator."""

@@ -92,6 +92,7 @@ class DigitsCleaning:
             val_batches=self._splits.val,
             test_batches=self._splits.test,
             metrics={"accuracy": accuracy},
+            cuda_graphs=True,
         )
         return problem, SGD(lr="lr", momentum=0.9, weight_decay="weight_decay")
 
@@ -146,6 +147,7 @@ class DigitsL2:
             val_batches=self._splits.val,
             test_batches=self._splits.test,
             metrics={"accuracy": accuracy},
+            cuda_graphs=True,
         )
         return problem, SGD(lr=0.5, momentum=0.9)
 

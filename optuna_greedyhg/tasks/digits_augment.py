@@ -65,6 +65,7 @@ class DigitsAugment:
             val_batches=self._splits.val,
             test_batches=self._splits.test,
             metrics={"accuracy": accuracy},
+            cuda_graphs=True,
         )
         return problem, SGD(lr=0.1, momentum=0.9)
 

@@ -72,6 +72,7 @@ class DigitsHeads:
             val_batches=self._splits.val,
             test_batches=self._splits.test,
             metrics={"accuracy": _accuracy},
+            cuda_graphs=True,
         )
         return problem, SGD(lr="lr", momentum=0.9, weight_decay="weight_decay")
 

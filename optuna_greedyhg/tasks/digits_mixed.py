@@ -79,6 +79,7 @@ class DigitsMixed:
             val_batches=self._splits.val,
             test_batches=self._splits.test,
             metrics={"accuracy": accuracy},
+            cuda_graphs=True,
         )
         return problem, SGD(lr="lr", momentum=0.9, weight_decay="weight_decay")
 

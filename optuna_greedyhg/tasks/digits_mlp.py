@@ -98,6 +98,7 @@ class DigitsMLP:
             val_batches=self._splits.val,
             test_batches=self._splits.test,
             metrics={"accuracy": accuracy},
+            cuda_graphs=True,
         )
         return problem, SGD(lr="lr", momentum="momentum")
 

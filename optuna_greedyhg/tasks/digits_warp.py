@@ -81,6 +81,7 @@ class DigitsWarp:
             val_episodes=self._val,
             test_episodes=self._test,
             metrics={"accuracy": accuracy},
+            cuda_graphs=True,
         )
         for name, weights in problem.outer_parameters.items():
             alpha.tensor(name, weights)

@@ -91,6 +91,7 @@ class FashionCleaning:
             val_batches=self._val,
             test_batches=self._test,
             metrics={"accuracy": accuracy},
+            cuda_graphs=True,
         )
 
     def diagnose(self, values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -82,6 +82,7 @@ class FashionWeights:
             val_batches=self._val,
             test_batches=self._test,
             metrics={"accuracy": accuracy},
+            cuda_graphs=True,
         )
         return problem, SGD(lr=lr, momentum=0.9)
 

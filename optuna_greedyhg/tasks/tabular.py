@@ -92,6 +92,7 @@ class _Tabular:
             val_batches=self._val,
             test_batches=self._test,
             metrics={"accuracy": accuracy} if classifies else None,
+            cuda_graphs=True,
         )
         return problem, SGD(lr=0.1, momentum=0.9)
 

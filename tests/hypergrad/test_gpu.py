@@ -1,13 +1,18 @@
 """The same answers on a GPU as on a CPU, and nobody who waits for it within a horizon."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from optuna_greedyhg.hypergrad.domains import to_coordinates
+from optuna_greedyhg.hypergrad.descent import descend
+from optuna_greedyhg.hypergrad.domains import Hyperparameter, to_coordinates
 from optuna_greedyhg.hypergrad.estimators import ESTIMATORS, fold
+from optuna_greedyhg.hypergrad.evaluation import Online, Retrain
 from optuna_greedyhg.hypergrad.peak_memory import peak_bytes
+from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.products import Products
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam
 from tests.problems import SPECIMENS
@@ -80,3 +85,84 @@ def test_memory_does_not_grow_with_the_horizon():
     short, long = (horizon_of("greedy", SPECIMENS["full-batch"](), RULES["SGD"], CUDA, horizon=T) for T in (10, 1000))
     short()
     assert peak_bytes(long, CUDA) <= 1.02 * peak_bytes(short, CUDA)
+
+
+REPLAYED = {"terminal", "reverse", "drmad", "ift", "forward"}  # make steps again, with the random numbers they had
+
+
+def descents(name, specimen, rule, **replaced):
+    """A descent with CUDA graphs and one without, and the recorder of the first."""
+    parts = SPECIMENS[specimen]()
+    walks, problems = [], []
+    for cuda_graphs in (True, False):
+        problems.append(parts.problem(device=CUDA, cuda_graphs=cuda_graphs, **replaced))
+        steps = descend(
+            problems[-1],
+            parts.hyperparameters,
+            update_rule=RULES[rule],
+            estimator=ESTIMATORS[name],
+            horizon=4,
+            n_outer_steps=6,
+            evaluate_every=3,
+            evaluate=Retrain(n_steps=24),
+        )
+        walks.append(list(steps))
+    return *walks, problems[0].recorder
+
+
+def assert_same(steps, others):
+    assert len(steps) == len(others)
+    for step, other in zip(steps, others, strict=True):
+        assert step.cost == other.cost
+        assert step.best.scores == pytest.approx(other.best.scores, rel=1e-6)
+        for group, x in step.values.items():
+            torch.testing.assert_close(x, other.values[group], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("specimen", ["full-batch", "minibatches", "batchnorm", "dropout"])
+@pytest.mark.parametrize("name", sorted(ESTIMATORS.keys() - {"distill", "spectral", "ift-cg"}))
+def test_recorded_descents_are_the_same(name, specimen, rule):
+    again = specimen == "dropout" and name in REPLAYED
+    with pytest.warns(UserWarning, match="made again") if again else nullcontext():
+        recorded, plain, recorder = descents(name, specimen, rule)
+    assert_same(recorded, plain)
+    assert recorder.n_recordings >= (1 if again else 2)  # of the evaluations, and of the descent
+
+
+@pytest.mark.parametrize("what", ["a branch", "a number", "a tensor from the host"])
+def test_what_waits_for_the_device_is_not_recorded(what):
+    parts = SPECIMENS["full-batch"]()
+
+    def train_loss(model, alpha, batch):
+        loss = parts.train_loss(model, alpha, batch)
+        if what == "a branch":
+            return loss if bool(loss > 0) else 2 * loss
+        if what == "a number":
+            return loss * (1 + loss.item())
+        return loss * torch.tensor([1.0, 2.0], dtype=loss.dtype, device="cpu").to(loss.device).sum()
+
+    with pytest.warns(UserWarning, match="without CUDA graphs"):
+        recorded, plain, _ = descents("greedy", "full-batch", "SGD", train_loss=train_loss)
+    assert_same(recorded, plain)
+    horizon_of("greedy", parts, RULES["SGD"], CUDA)()  # the device is none the worse for it
+
+
+def test_recordings_hold_as_much_memory_as_two_horizons():
+    def peak(cuda_graphs):
+        model = nn.Sequential(nn.Linear(256, 1024), nn.Tanh(), nn.Linear(1024, 10))
+        images, labels = torch.randn(2048, 256), torch.randint(10, (2048,))
+        problem = BilevelProblem(
+            model=model,
+            train_loss=lambda model, alpha, batch: F.cross_entropy(model(batch[0]), batch[1]) * alpha["scale"],
+            val_loss=lambda model, alpha, batch: F.cross_entropy(model(batch[0]), batch[1]),
+            train_batches=(images, labels),
+            val_batches=(images, labels),
+            device=CUDA,
+            cuda_graphs=cuda_graphs,
+        )
+        alpha = {"scale": Hyperparameter(torch.ones(()))}
+        settings = {"update_rule": RULES["Adam"], "estimator": ESTIMATORS["greedy"], "n_outer_steps": 6}
+        return peak_bytes(lambda: list(descend(problem, alpha, evaluate=Online(), **settings)), CUDA)
+
+    assert peak(True) <= 3 * peak(False)

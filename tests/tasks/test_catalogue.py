@@ -132,3 +132,25 @@ def test_fifty_thousand_weights_are_refined_in_minibatches(tmp_path: Path) -> No
     assert trial.user_attrs["cost_n_train_gradients"] == 4 * 500
     assert trial.user_attrs["cost_n_evaluations"] == 3 * 200
     assert set(task.diagnostics) <= trial.user_attrs.keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_all_that_a_gpu_does_is_recorded(name: str) -> None:
+    alpha, trial = defaults_of(task := make_task(name, device="cuda"))
+    problem, rule = task.define(trial, alpha)
+    steps = ghg.descend(  # and nothing warns of a part that goes on without
+        problem,
+        alpha.hyperparameters,
+        update_rule=rule,
+        estimator=ghg.Greedy(),
+        horizon=3,
+        n_outer_steps=6,
+        evaluate=ghg.Retrain(60),
+    )
+    *_, last = steps
+    assert last.best.scores["loss"] < float("inf")
+    recorder = problem.val_episodes[0].recorder
+    assert recorder is not None
+    assert recorder.n_recordings >= 2

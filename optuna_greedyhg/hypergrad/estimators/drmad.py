@@ -41,7 +41,7 @@ class Line(NamedTuple):
             parameters=trees.lerp(start.parameters, end.parameters, beta),
             buffers=start.buffers,
             slots={kind: trees.lerp(tree, end.slots[kind], beta) for kind, tree in start.slots.items()},
-            n_steps=start.n_steps + round(beta * (end.n_steps - start.n_steps)),
+            n_steps=start.n_steps + round(beta * len(self.recipes)),
         )
 
     def terms(self, end: TrainState, v: Covector) -> Iterator[Tensors]:
