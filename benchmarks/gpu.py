@@ -1,4 +1,4 @@
-"""On a GPU: what does a greedy outer step cost beside plain gradients, how much memory, and does anybody wait for it?
+"""On a GPU: what does a greedy outer step cost beside plain gradients, and how much memory?
 
 The problem of ``peers.py``, T = 10; in float32, and with the losses in bfloat16. The floor of the running variant is
 1.33 times T training and T validation gradients, if kernels and not their launches take the time. *Recorded* is what a
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -36,7 +35,12 @@ from optuna_greedyhg.hypergrad.update_rules import SGD
 from optuna_greedyhg.hypergrad.work import Horizon
 
 HORIZON = 10
-PEAKS = (("greedy", HORIZON), ("greedy", 10 * HORIZON), ("reverse, replayed", HORIZON), ("reverse, replayed", 10 * HORIZON))
+PEAKS = (
+    ("greedy", HORIZON),
+    ("greedy", 10 * HORIZON),
+    ("reverse, replayed", HORIZON),
+    ("reverse, replayed", 10 * HORIZON),
+)
 
 
 def main() -> None:
@@ -58,7 +62,7 @@ def main() -> None:
 
 
 def measured(setting: Setting, device: torch.device, autocast: torch.dtype | None, repeats: int) -> dict[str, Any]:
-    """Times of an inner step, ratios, peaks of memory, and the number of waits within a horizon."""
+    """Times of an inner step, ratios, and peaks of memory."""
 
     def ours(estimator: str, horizon: int = HORIZON) -> Callable[[], object]:
         its = replace(setting, horizon=horizon)
@@ -78,7 +82,6 @@ def measured(setting: Setting, device: torch.device, autocast: torch.dtype | Non
         "greedy / greedy, recorded": median_ratio(times["greedy"], times["greedy, recorded"]),
         "terminal / training": median_ratio(times["terminal"], times["training"]),
         "peak_mb": {f"{name}, T = {horizon}": peak_bytes(ours(name, horizon), device) / 1e6 for name, horizon in PEAKS},
-        "waits_within_a_horizon": waits_of(work["greedy"]) if device.type == "cuda" else None,
     }
 
 
@@ -141,18 +144,6 @@ def awaited(run: Callable[[], object], device: torch.device) -> Callable[[], Non
             torch.cuda.synchronize(device)
 
     return run_and_wait
-
-
-def waits_of(run: Callable[[], object]) -> int:
-    """How often the program waits for the device, as PyTorch's own debugging mode sees it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--trials", type=int, default=4, help="how many make the time of one by one")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--quick", action="store_true", help="64 lanes, and three repeats")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
@@ -60,8 +61,8 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     device = torch.device(arguments.device)
     result = {**environment.describe(), "device": str(device), "threads": arguments.threads}
-    for name, pruner in {"alike": NopPruner(), "pruned": PruneHalf()}.items():
-        result[name] = measure(Digits(device), pruner, arguments.lanes, arguments.trials, arguments.repeats)
+    for name in arguments.kinds:
+        result[name] = measure(Digits(device), KINDS[name], arguments.lanes, arguments.trials, arguments.repeats)
         print(name, json.dumps(result[name]), flush=True)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -73,6 +74,9 @@ class PruneHalf(BasePruner):
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         drawn = random.Random(trial.number)
         return drawn.random() < 0.5 and trial.last_step == drawn.choice([0, 5])
+
+
+KINDS = {"alike": NopPruner(), "pruned": PruneHalf()}
 
 
 class Digits:

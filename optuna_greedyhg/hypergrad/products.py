@@ -637,8 +637,8 @@ def _require_same(replayed: Tensors, gradient: Tensors) -> None:
     if distance > torch.finfo(length.dtype).eps ** (1 / 3) * length:  # of NaN, nothing is said here
         raise RuntimeError(
             "A step and its derivative must draw the same random numbers, but under torch.func the gradient is "
-            f"{distance / length:.0%} off the step's: a dropout mask may be filled in another order there if its "
-            "tensor is not contiguous. Make it .contiguous(), or use Reverse(), which needs no torch.func."
+            f"{distance / length:.0%} off the step's: a dropout mask is filled in another order there if its tensor is "
+            "not contiguous, or on a GPU. Make it .contiguous(), or use Reverse(), which needs no torch.func."
         )
 
 

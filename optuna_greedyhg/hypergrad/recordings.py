@@ -21,6 +21,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -94,9 +95,12 @@ class CudaGraph:
 
 def cuda_recorder(device: torch.device) -> Recorder:
     """A recorder of CUDA graphs."""
-    pool: Any = torch.cuda.graph_pool_handle()
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return Recorder(lambda: CudaGraph(device, pool, stream), device)
+
+    @cache
+    def shared() -> tuple[Any, torch.cuda.Stream]:
+        return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    return Recorder(lambda: CudaGraph(device, *shared()), device)
 
 
 class Recorder:

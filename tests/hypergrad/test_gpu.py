@@ -20,6 +20,8 @@ from tests.problems import SPECIMENS
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:.*sees no effect of the hyperparameters"),
 ]
 CUDA = torch.device("cuda")
 RULES = {"SGD": SGD(lr=0.1, momentum=0.9, weight_decay=0.01), "Adam": Adam(lr=0.05)}
@@ -44,8 +46,8 @@ def horizon_of(name, specimen, rule, device, horizon=4):
 
 @contextmanager
 def no_waiting():
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -87,7 +89,8 @@ def test_memory_does_not_grow_with_the_horizon():
     assert peak_bytes(long, CUDA) <= 1.02 * peak_bytes(short, CUDA)
 
 
-REPLAYED = {"terminal", "reverse", "drmad", "ift", "forward"}  # make steps again, with the random numbers they had
+RECORDABLE = sorted(ESTIMATORS.keys() - {"distill", "spectral", "ift-cg"})
+REPLAYED = {"terminal", "reverse", "drmad", "ift"}  # make steps again, with the random numbers that they had
 
 
 def descents(name, specimen, rule, **replaced):
@@ -121,8 +124,12 @@ def assert_same(steps, others):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("specimen", ["full-batch", "minibatches", "batchnorm", "dropout"])
-@pytest.mark.parametrize("name", sorted(ESTIMATORS.keys() - {"distill", "spectral", "ift-cg"}))
+@pytest.mark.parametrize("name", RECORDABLE)
 def test_recorded_descents_are_the_same(name, specimen, rule):
+    if (name, specimen) == ("forward", "dropout"):
+        with pytest.raises(RuntimeError, match=r"must draw the same random numbers.*or on a GPU"):
+            descents(name, specimen, rule)
+        return
     again = specimen == "dropout" and name in REPLAYED
     with pytest.warns(UserWarning, match="made again") if again else nullcontext():
         recorded, plain, recorder = descents(name, specimen, rule)
