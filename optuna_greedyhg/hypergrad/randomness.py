@@ -40,7 +40,7 @@ def seeded(seed: int, device: torch.device, generators: Sequence[torch.Generator
 def restored(state: RandomState, device: torch.device, generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
     """Runs the block from a captured random state, and puts the present one back afterwards."""
     with _preserved(device, generators):
-        restore(state, device, generators)
+        _restore(state, device, generators)
         yield
 
 
@@ -50,15 +50,6 @@ def capture(device: torch.device, generators: Sequence[torch.Generator] = ()) ->
     if device.type == "cuda":
         state += (torch.cuda.get_rng_state(device),)
     return (*state, *(generator.get_state() for generator in generators))
-
-
-def restore(state: RandomState, device: torch.device, generators: Sequence[torch.Generator] = ()) -> None:
-    """Puts the generators into a captured state."""
-    torch.set_rng_state(state[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state[1], device)
-    for generator, its in zip(generators, state[len(state) - len(generators) :], strict=True):
-        generator.set_state(its)
 
 
 def capture_others() -> tuple[Any, Any]:
@@ -93,4 +84,12 @@ def _preserved(device: torch.device, generators: Sequence[torch.Generator]) -> I
     try:
         yield
     finally:
-        restore(present, device, generators)
+        _restore(present, device, generators)
+
+
+def _restore(state: RandomState, device: torch.device, generators: Sequence[torch.Generator]) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+    for generator, its in zip(generators, state[len(state) - len(generators) :], strict=True):
+        generator.set_state(its)

@@ -3,7 +3,7 @@
 A step of a small model takes a GPU less time than Python takes to ask for its some hundred operations. So a function
 of tensors, such as a whole horizon of training steps and products, is *recorded*, and replayed on other numbers:
 
-    the first time    it is called, as without recordings; that warms up what CUDA sets up at its first use
+    the first time    it is called, as without recordings, which shows whether it can be recorded
     the second time   its operations are recorded, and then replayed
     from then on      its arguments are copied to where the recorded ones were, and its operations replayed
 
@@ -20,7 +20,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -49,10 +49,6 @@ class Result(NamedTuple):
 
 Function = Callable[[Any], Result]
 """Of dictionaries, lists and tuples of tensors, which it does not change."""
-
-
-class NotRecordable(Exception):
-    """A function does what no replay would do again; the message says what."""
 
 
 class Graph(Protocol):
@@ -100,7 +96,25 @@ def cuda_recorder(device: torch.device) -> Recorder:
     def shared() -> tuple[Any, torch.cuda.Stream]:
         return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    return Recorder(lambda: CudaGraph(device, *shared()), device)
+    return Recorder(lambda: CudaGraph(device, *shared()), device, _waits)
+
+
+@contextmanager
+def _waits() -> Iterator[list[str]]:
+    """Takes down what PyTorch says of operations that wait for a CUDA device; other warnings go their way."""
+    before, found = torch.cuda.get_sync_debug_mode(), list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "synchronizing CUDA operation" in str(warning.message):
+            found.append(f"{warning.filename}, line {warning.lineno}")
+        elif "Synchronization debug mode" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class Recorder:
@@ -109,20 +123,28 @@ class Recorder:
     Args:
         make_graph: Makes an empty graph.
         device: Where the functions compute.
+        watched: Within the context, takes down in its list what waits for the device.
     """
 
-    def __init__(self, make_graph: Callable[[], Graph], device: torch.device) -> None:
+    def __init__(
+        self,
+        make_graph: Callable[[], Graph],
+        device: torch.device,
+        watched: Callable[[], AbstractContextManager[list[str]]],
+    ) -> None:
         self._make_graph = make_graph
         self._device = device
-        self._known: list[tuple[Any, _Recording | bool]] = []  # a bool: not recorded yet, and whether it draws
+        self._watched = watched
+        self._known: list[tuple[Any, _Recording | None]] = []  # None: called, and not recorded yet
         self._orders: list[tuple[Any, str]] = []
         self._given_up: list[Any] = []
-        self._draws: bool | None = None  # while a function is being recorded
+        self._is_recording = False
+        self._goes_back = False  # whether a step has been made again since this was last unset
 
     @property
     def n_recordings(self) -> int:
         """How many there are."""
-        return sum(isinstance(its, _Recording) for _, its in self._known)
+        return sum(its is not None for _, its in self._known)
 
     def order_of(self, settings: Any) -> str | None:
         """The order in which functions of these settings take their batches; ``None`` before the first call."""
@@ -148,54 +170,64 @@ class Recorder:
             settings: All that decides about its operations beside the shapes of its arguments; compared by ``==``.
             function: The function.
             arguments: Dictionaries, lists and tuples of tensors, and what else is in batches.
+
+        Raises:
+            RuntimeError: If the function cannot be recorded for a reason that its first call has not shown.
         """
         key = settings, batches.kind_of(arguments), _pattern(arguments)
         position = next((i for i, (known, _) in enumerate(self._known) if known == key), None)
         if position is None:
-            before = randomness.capture(self._device)
-            result = function(arguments)
-            draws = not all(map(torch.equal, before[1:], randomness.capture(self._device)[1:]))  # the device's own
-            if len(self._known) < _MAX_KEYS:
-                self._known.append((key, draws))
+            result, why = self._called(function, arguments)
+            if why is not None:
+                self.give_up(settings, why)
+            elif len(self._known) < _MAX_KEYS:
+                self._known.append((key, None))
             return result
         recording = self._known[position][1]
-        if isinstance(recording, bool):
+        if recording is None:
             if self.n_recordings >= _MAX_RECORDINGS:
                 return function(arguments)
-            try:
-                _require_plain(arguments)
-                recording = self._recorded(function, arguments, recording)
-            except Exception as error:
-                self.give_up(settings, str(error).partition("\n")[0].rstrip(".") or type(error).__name__)
-                return function(arguments)
+            recording = self._recorded(function, arguments)
             self._known[position] = key, recording
         return recording.replay(arguments)
 
     def capture(self) -> RandomState:
         """The state of the generators, for a step to be made again from; nothing while a function is recorded."""
-        return randomness.capture(self._device) if self._draws is None else ()
+        return () if self._is_recording else randomness.capture(self._device)
 
     @contextmanager
     def restored(self, state: RandomState) -> Iterator[None]:
         """Runs the block from a captured state, and puts the present one back."""
-        if self._draws:
-            raise NotRecordable("a step that has drawn random numbers is made again from the same")
-        with nullcontext() if self._draws is not None else randomness.restored(state, self._device):
+        self._goes_back = True
+        with nullcontext() if self._is_recording else randomness.restored(state, self._device):
             yield
 
-    def _recorded(self, function: Function, arguments: Any, draws: bool) -> _Recording:
-        present, others = randomness.capture(self._device), randomness.capture_others()
-        self._draws = draws
+    def _called(self, function: Function, arguments: Any) -> tuple[Result, str | None]:
+        """What the function comes to, and why it cannot be recorded, if it cannot."""
+        before, others = randomness.capture(self._device), randomness.capture_others()
+        self._goes_back = False
+        with self._watched() as waits:
+            result = function(arguments)
+        after = randomness.capture(self._device)
+        if not torch.equal(before[0], after[0]) or _differ(others, randomness.capture_others()):
+            return result, "it draws random numbers from another generator than the GPU's own"
+        if self._goes_back and not all(map(torch.equal, before, after)):
+            return result, "steps that have drawn random numbers are made again from the same ones"
+        if waits:
+            return result, f"it waits for the GPU: {waits[0]}"
+        return result, _foreign(arguments)
+
+    def _recorded(self, function: Function, arguments: Any) -> _Recording:
+        self._is_recording = True
         try:
-            recording = _Recording(self._make_graph(), function, arguments, self._device)
+            return _Recording(self._make_graph(), function, arguments, self._device)
+        except Exception as error:
+            raise RuntimeError(
+                "With cuda_graphs=True, a CUDA graph must be able to hold all that losses and update rule ask of the "
+                f"GPU, but recording has failed: {error} Start a new process without cuda_graphs=True."
+            ) from error
         finally:
-            self._draws = None
-            moved = not torch.equal(present[0], torch.get_rng_state()) or _differ(others, randomness.capture_others())
-            randomness.restore(present, self._device)
-            randomness.restore_others(others)
-        if moved:
-            raise NotRecordable("it draws random numbers from a generator that is not the GPU's")
-        return recording
+            self._is_recording = False
 
 
 class _Recording:
@@ -223,13 +255,14 @@ class _Recording:
         return Result(batches.with_tensors(self._result.tensors, copies), self._result.cost)
 
 
-def _require_plain(batch: Any) -> None:
-    """Raises :class:`NotRecordable` if a batch holds anything but tensors and constants."""
-    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
-    for item in items:
-        _require_plain(item)
-    if not isinstance(batch, (Tensor, dict, tuple, list, str, bytes, int, float, type(None))):
-        raise NotRecordable(f"batches hold a {type(batch).__name__}, in which there may be tensors")
+def _foreign(batch: Any) -> str | None:
+    """What speaks against recording if a batch holds anything but tensors and constants; ``None`` if nothing does."""
+    if isinstance(batch, (dict, tuple, list)):
+        items = batch.values() if isinstance(batch, dict) else batch
+        return next((why for why in map(_foreign, items) if why is not None), None)
+    if isinstance(batch, (Tensor, str, bytes, int, float, type(None))):
+        return None
+    return f"batches hold a {type(batch).__name__}, in which there may be tensors"
 
 
 def _pattern(arguments: Any) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ def _moved(images: Tensor, m: Mapping[str, Tensor]) -> Tensor:
 def _smooth_fields(images: Tensor) -> Tensor:
     """Two random fields for each image, interpolated from 3×3 points; shape (2, n, 64)."""
     at = torch.linspace(0, 2, SIZE, device=images.device, dtype=images.dtype)
-    weights = _hat(at[:, None] - at.new_tensor([0.0, 1.0, 2.0]))
+    weights = _hat(at[:, None] - torch.arange(3, device=at.device, dtype=at.dtype))
     points = images.new_empty(2, len(images), 3, 3).normal_()
     return (weights @ points @ weights.T).flatten(2)
 
@@ -99,7 +99,7 @@ def _toned(images: Tensor, m: Mapping[str, Tensor]) -> Tensor:
 
 
 def _blurred(images: Tensor) -> Tensor:
-    kernel = images.new_tensor([0.25, 0.5, 0.25])
+    kernel = 0.5 - (torch.arange(3, device=images.device, dtype=images.dtype) - 1).abs() / 4
     return F.conv2d(images.unsqueeze(1), torch.outer(kernel, kernel)[None, None], padding=1).squeeze(1)
 
 

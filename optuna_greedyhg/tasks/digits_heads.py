@@ -82,7 +82,7 @@ class DigitsHeads:
 
 def answers(labels: Tensor) -> Tensor:
     """Whether digits are odd, at least 5, and drawn with a loop; float32 of shape (n, 3)."""
-    loops = torch.isin(labels, labels.new_tensor(_WITH_LOOP))
+    loops = torch.stack([labels == digit for digit in _WITH_LOOP]).any(dim=0)
     return torch.stack([labels % 2 == 1, labels >= 5, loops], dim=1).float()
 
 

@@ -15,7 +15,7 @@ from optuna_greedyhg.hypergrad.peak_memory import peak_bytes
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.products import Products
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam
-from tests.problems import SPECIMENS
+from tests.problems import SPECIMENS, classification
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,7 +95,7 @@ REPLAYED = {"terminal", "reverse", "drmad", "ift"}  # make steps again, with the
 
 def descents(name, specimen, rule, **replaced):
     """A descent with CUDA graphs and one without, and the recorder of the first."""
-    parts = SPECIMENS[specimen]()
+    parts = classification(nn.Dropout(0.4)) if specimen == "dropout" else SPECIMENS[specimen]()
     walks, problems = [], []
     for cuda_graphs in (True, False):
         problems.append(parts.problem(device=CUDA, cuda_graphs=cuda_graphs, **replaced))

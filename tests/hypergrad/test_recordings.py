@@ -4,16 +4,19 @@ The graphs here do the recorded work again in Python, on the memory that was rec
 """
 
 import random
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import nn
 
-from optuna_greedyhg.hypergrad import batches
+from optuna_greedyhg.hypergrad import batches, recordings
+from optuna_greedyhg.hypergrad.cost import Cost
 from optuna_greedyhg.hypergrad.descent import descend
 from optuna_greedyhg.hypergrad.episodes import Episode, MetaProblem
 from optuna_greedyhg.hypergrad.estimators import ESTIMATORS, FirstOrder, Forward, Greedy, Reverse
 from optuna_greedyhg.hypergrad.evaluation import Online
-from optuna_greedyhg.hypergrad.recordings import Recorder
+from optuna_greedyhg.hypergrad.recordings import Recorder, Result
 from optuna_greedyhg.hypergrad.update_rules import SGD
 from tests.problems import CPU, SPECIMENS, UPDATE_RULES, Case, classification, cliff
 
@@ -46,10 +49,15 @@ def count_from_zero():
     Emulated.n_recorded = Emulated.n_replayed = 0
 
 
-def recorded(problem, graph=Emulated):
+@contextmanager
+def unwatched():
+    yield []
+
+
+def recorded(problem, graph=Emulated, watched=unwatched):
     first = problem if hasattr(problem, "recorder") else problem.val_episodes[0]
     for each in {first, *problem.val_episodes}:
-        each.recorder = Recorder(graph, CPU) if each is first else first.recorder
+        each.recorder = Recorder(graph, CPU, watched) if each is first else first.recorder
     return problem
 
 
@@ -147,17 +155,17 @@ def test_nan_is_seen_and_gone_back_from():
     assert Emulated.n_replayed > 0
 
 
-def given_up(make_problem, case, estimator, graph=Emulated):
+def given_up(make_problem, case, estimator, watched=unwatched):
     """The steps of a descent that warns of what it cannot record, and what it says."""
     with pytest.warns(UserWarning, match="without CUDA graphs") as caught:
-        steps = walk(case, estimator, recorded(make_problem(), graph))
+        steps = walk(case, estimator, recorded(make_problem(), watched=watched))
     return steps, " ".join(str(warning.message) for warning in caught)
 
 
 def test_random_numbers_of_another_generator_are_noticed():
     case = Case(SPECIMENS["dropout"](), UPDATE_RULES["SGD"])
     steps, said = given_up(case.specimen.problem, case, Greedy(0.9))
-    assert "generator that is not the GPU's" in said
+    assert "another generator than the GPU's own" in said
     assert_same(steps, walk(case, Greedy(0.9)))
 
 
@@ -170,7 +178,7 @@ def test_random_numbers_of_python_are_noticed():
 
         return case.specimen.problem(train_loss=train_loss)
 
-    assert "generator that is not the GPU's" in given_up(moody_problem, case, Greedy(0.9))[1]
+    assert "another generator than the GPU's own" in given_up(moody_problem, case, Greedy(0.9))[1]
 
 
 def test_an_estimator_that_carries_is_noticed():
@@ -198,23 +206,54 @@ def test_what_is_no_tensor_in_a_batch_is_noticed():
     assert_same(steps, walk(case, Greedy(0.9), boxed_problem()))
 
 
-def test_a_graph_that_cannot_be_recorded():
-    class Refusing(Emulated):
-        def record(self, work):
-            raise RuntimeError("operation not permitted when stream is capturing\nfurther lines")
+def test_what_waits_for_the_device_is_noticed():
+    @contextmanager
+    def waiting():
+        yield ["loss.py, line 7"]
 
     case = Case(classification(), UPDATE_RULES["SGD"])
-    steps, said = given_up(case.specimen.problem, case, FirstOrder(), Refusing)
+    steps, said = given_up(case.specimen.problem, case, FirstOrder(), waiting)
+    assert "it waits for the GPU: loss.py, line 7." in said
+    assert Emulated.n_recorded == 0
     assert_same(steps, walk(case, FirstOrder()))
-    assert "operation not permitted when stream is capturing." in said
-    assert "further" not in said
 
 
-def test_random_numbers_that_a_step_needs_again_are_not_replayed():
-    recorder = Recorder(Emulated, CPU)
-    recorder._draws = True
-    with pytest.raises(Exception, match="made again"), recorder.restored(()):
-        pass
+def test_random_numbers_that_a_step_needs_again_are_noticed(monkeypatch):
+    def of_a_gpu(device, generators=()):  # whose generator is another than the host's
+        return torch.zeros(1), torch.get_rng_state()
+
+    @contextmanager
+    def restored(state, device, generators=()):
+        present = torch.get_rng_state()
+        torch.set_rng_state(state[1])
+        yield
+        torch.set_rng_state(present)
+
+    monkeypatch.setattr(recordings.randomness, "capture", of_a_gpu)
+    monkeypatch.setattr(recordings.randomness, "restored", restored)
+    parts = classification(nn.Dropout(0.4))
+    recorder = Recorder(Emulated, CPU, unwatched)
+
+    def function(arguments):
+        state = recorder.capture()
+        total = parts.module(arguments[0]).sum().detach()
+        with recorder.restored(state):
+            return Result([total - parts.module(arguments[0]).sum().detach()], Cost())
+
+    inputs = [parts.train_batches[0][0]]
+    with pytest.warns(UserWarning, match="made again from the same"):
+        assert float(recorder.call("settings", function, inputs).tensors[0]) == 0
+    assert recorder.has_given_up("settings")
+
+
+def test_what_fails_when_it_is_recorded_is_an_error():
+    class Refusing(Emulated):
+        def record(self, work):
+            raise RuntimeError("out of memory.")
+
+    case = Case(classification(), UPDATE_RULES["SGD"])
+    with pytest.raises(RuntimeError, match=r"recording has failed: out of memory\. Start a new process without"):
+        walk(case, FirstOrder(), recorded(case.specimen.problem(), Refusing))
 
 
 def test_the_number_of_recordings_is_bounded():
