@@ -231,7 +231,7 @@ def read(name: str, folder: Path) -> Tensor:
 
 def table(rows: list[grid.Row], setting: Setting, n_way: int) -> str:
     """One line a method: mean ± 95% confidence interval, beside what the paper has."""
-    at_start = _cells([row["result"] for row in rows[:: len({row["cell"]["method"] for row in rows})]], "_at_start")
+    at_start = _cells([*{row["cell"]["seed"]: row["result"] for row in rows}.values()], "_at_start")
     lines = [["α at its start", at_start[0], "", at_start[1], ""]]
     for method in setting.methods:
         results = [row["result"] for row in rows if row["cell"]["method"] == method]

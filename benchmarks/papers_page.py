@@ -66,11 +66,13 @@ def _files(pattern: str) -> Iterator[list[grid.Row]]:
 def _made_by(rows: list[grid.Row]) -> str:
     """The machines and commands of all rows, each once."""
     made_by = [row["made_by"] for row in rows]
-    machines = dict.fromkeys(f"{m['machine']['processor']}, torch {m['versions']['torch']}" for m in made_by)
+    machines = dict.fromkeys(
+        f"{m['machine']['gpu'] or m['machine']['processor']}, torch {m['versions']['torch']}" for m in made_by
+    )
     commands = dict.fromkeys(m["command"] for m in made_by)
     hours = sum(row["seconds"] for row in rows) / 3600
     made = "\n".join(f"    {command}" for command in commands)
-    how = f"{len(rows)} runs, {hours:.1f} hours in all on one thread, in part beside other work"
+    how = f"{len(rows)} runs, {hours:.1f} hours in all, each on one thread, in part beside other work"
     return f"{how}, on {'; '.join(machines)}:\n\n{made}"
 
 

@@ -43,7 +43,7 @@ CAPTION = "Points are measured, lines are fitted: a + b·x, or flat. Both axes a
 
 def updated(page: str) -> str:
     """The page with the tables of all results that there are written anew."""
-    for name, written in {"peers": peers, "growth": growth}.items():
+    for name, written in {"peers": peers, "growth": growth, "gpu": gpu}.items():
         if (RESULTS / f"{name}.json").exists():
             page = tables.updated(page, name, written(_read(name)))
     return page
@@ -62,6 +62,14 @@ def peers(result: Result) -> str:
 def growth(result: Result) -> str:
     """The table of all series, and what it was made with."""
     return f"{tables.growth(result['rows'])}\n\n{_machine(result)}."
+
+
+def gpu(result: Result) -> str:
+    """Milliseconds of a step, and megabytes, of every problem; and what they were made with."""
+    problems = {name: its for name, its in result.items() if isinstance(its, dict) and "peak_mb" in its}
+    table = tables.gpu([{"problem": name, **its} for name, its in problems.items()])
+    made_with = f"torch {result['versions']['torch']}, {result['machine']['gpu']}"
+    return f"{table}\n\nT = {result['horizon']}; {made_with}:\n\n    {result['command']}"
 
 
 def figure(rows: Sequence[Result]) -> go.Figure:

@@ -39,6 +39,11 @@ def growth(rows: Sequence[Row]) -> str:
     return of_columns(_GROWTH, rows)
 
 
+def gpu(rows: Sequence[Row]) -> str:
+    """The problems of ``gpu.py``."""
+    return of_columns(_GPU, rows)
+
+
 def updated(page: str, name: str, content: str) -> str:
     """The page with what is between the marks of this name written anew.
 
@@ -72,6 +77,23 @@ def _quantity(value: float, quantity: str) -> str:
     return f"{1e3 * value:.3g} ms" if quantity == "seconds" else f"{value / 1e6:.3g} MB"
 
 
+def _milliseconds(name: str) -> Callable[[Row], str]:
+    return lambda row: format(row["milliseconds_of_a_step"][name], ".2f")
+
+
+_GPU: Columns = {
+    "ms a step": lambda row: row["problem"],
+    "training gradient": _milliseconds("training"),
+    "and validation gradient": _milliseconds("both gradients"),
+    "t1t2": _milliseconds("t1t2"),
+    "greedy": _milliseconds("greedy"),
+    "greedy, recorded": _milliseconds("greedy, recorded"),
+    "terminal": _milliseconds("terminal"),
+    "terminal, recorded": _milliseconds("terminal, recorded"),
+    "greedy: peak MB at T = 10, 100": lambda row: ", ".join(
+        format(row["peak_mb"][f"greedy, T = {horizon}"], ".0f") for horizon in (10, 100)
+    ),
+}
 _PEERS: Columns = {
     "method": lambda row: row["method"],
     "estimator": lambda row: row.get("estimator", ""),

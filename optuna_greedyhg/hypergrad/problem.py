@@ -236,7 +236,8 @@ class BilevelProblem:
         cuda_graphs: Whether horizons and trainings on a CUDA device are recorded as CUDA graphs and replayed, which
             makes small models several times as fast. For losses that do the same operations in every step, whatever
             the numbers: no ``if`` on a tensor, no counter, no random numbers but those of the GPU's own generator.
-            What cannot be recorded goes on without, with a warning. Elsewhere it says nothing.
+            What cannot be recorded goes on without, with a warning that says why. A problem keeps up to eight
+            recordings, each with the batches of a horizon. No effect on other devices.
 
     Raises:
         TypeError: If a loss is not callable, batches cannot be iterated over, or ``outer_parameters`` is a string.

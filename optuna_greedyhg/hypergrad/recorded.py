@@ -6,20 +6,22 @@ are drawn before, in the order in which the estimator asks for them, which its f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from optuna_greedyhg.hypergrad.batches import Batch, Stream
+from optuna_greedyhg.hypergrad.batches import Batch, Stream, tensors_of
 from optuna_greedyhg.hypergrad.estimators import Folded
 from optuna_greedyhg.hypergrad.products import Products, TrainState
-from optuna_greedyhg.hypergrad.recordings import Recorder, Result
+from optuna_greedyhg.hypergrad.recordings import Function, Recorder, Result, Settings
 from optuna_greedyhg.hypergrad.trees import Tensors
 
-_STEPS_AT_ONCE = 10
+_STEPS_AT_ONCE = 10  # of plain training
+_MAX_HORIZON = 100  # a recording holds the batches of all its steps, and some hundred operations for each
 
 
 class Ended(NamedTuple):
@@ -62,60 +64,107 @@ def roll_out(
         alpha: The coordinates of α.
         n_steps: Number T of training steps.
     """
-    settings = estimator, n_steps, products.update_rule, products.domains
+    settings = Settings(estimator, n_steps, products.update_rule, products.domains, products.mode.current)
     if recorder.has_given_up(settings):
         return end_of(fold(products, state, alpha))
-    n_after, start = state.n_steps + n_steps, _counted_by_tensor(state)
     order = recorder.order_of(settings)
     if order is None:
-        taken: list[str] = []
-        train, val = _noted(products.train_stream, "t", taken), _noted(products.val_stream, "v", taken)
-        its = products.drawing_from(Stream(train, "train_batches"), Stream(val, "val_batches"))
-        ended = end_of(fold(its, start, alpha))
+        noted = _Noted()
+        its = products.drawing_from(noted.stream(products.train_stream, "t"), noted.stream(products.val_stream, "v"))
+        ended = end_of(fold(its, state, alpha))
         products.cost.charge(its.cost)
-        recorder.remember_order(settings, "".join(taken))
+        recorder.remember_order(settings, noted.order)
+        why = noted.why_not_ahead()
         if ended.carried is not None:
-            recorder.give_up(settings, f"{estimator} takes along what it knows from one horizon to the next")
-        return ended._replace(state=replace(ended.state, n_steps=n_after))
+            why = f"{estimator} takes along what it knows from one horizon to the next"
+        elif n_steps > _MAX_HORIZON:
+            why = f"a horizon of {n_steps} steps is longer than the {_MAX_HORIZON} that are recorded"
+        if why is not None:
+            recorder.give_up(settings, why)
+        return ended
 
     def function(arguments: Any) -> Result:
         state, alpha, train, val = arguments
         its = products.drawing_from(Stream(train, "train_batches"), Stream(val, "val_batches"))
         ended = end_of(fold(its, TrainState(*state), alpha))
-        return Result((_parts(ended.state), ended.hypergradient, [ended.val_loss]), its.cost)
+        if ended.carried is not None:
+            raise RuntimeError(f"{estimator} must carry nothing from any horizon to the next, if not from the first.")
+        return Result((*_parts(ended.state), ended.hypergradient, [ended.val_loss]), its.cost, its.mode.proven)
 
     streams = {"t": products.train_stream, "v": products.val_stream}
     drawn: dict[str, list[Batch]] = {"t": [], "v": []}
     for kind in order:
         drawn[kind].append(next(streams[kind]))
-    result = recorder.call(settings, function, (_parts(start), alpha, drawn["t"], drawn["v"]))
-    products.cost.charge(result.cost)
-    after, hypergradient, (val_loss,) = result.tensors
-    return Ended(replace(TrainState(*after), n_steps=n_after), hypergradient, val_loss, None)
+    arguments = _parts(_counted_by_tensor(state)), alpha, drawn["t"], drawn["v"]
+    *after, hypergradient, (val_loss,) = _called(recorder, settings, function, arguments, products)
+    return Ended(replace(TrainState(*after), n_steps=state.n_steps + n_steps), hypergradient, val_loss, None)
 
 
 def train(
     recorder: Recorder, products: Products, state: TrainState, alpha: Tensors, batches: Iterator[Batch], n_steps: int
 ) -> TrainState:
     """The state after some steps of plain training, by recordings of several steps if it can be."""
+    settings = Settings(None, None, products.update_rule, products.domains, None)
+
+    def step_by_step(its: Products, state: TrainState, alpha: Tensors, batches: Iterable[Batch]) -> TrainState:
+        for batch in batches:
+            state = its.step(state, alpha, batch).after
+        return state
 
     def function(arguments: Any) -> Result:
         state, alpha, taken = arguments
         its = products.drawing_from(products.train_stream, products.val_stream)
-        state = TrainState(*state)
-        for batch in taken:
-            state = its.step(state, alpha, batch).after
-        return Result(_parts(state), its.cost)
+        return Result(_parts(step_by_step(its, TrainState(*state), alpha, taken)), its.cost, None)
 
-    settings = None, products.update_rule, products.domains
     for done in range(0, n_steps, _STEPS_AT_ONCE):
-        taken = [next(batches) for _ in range(min(_STEPS_AT_ONCE, n_steps - done))]
-        arguments = _parts(_counted_by_tensor(state)), alpha, taken
-        given_up = recorder.has_given_up(settings)
-        result = function(arguments) if given_up else recorder.call(settings, function, arguments)
-        products.cost.charge(result.cost)
-        state = replace(TrainState(*result.tensors), n_steps=state.n_steps + len(taken))
+        n = min(_STEPS_AT_ONCE, n_steps - done)
+        if recorder.order_of(settings) is None:
+            noted = _Noted()
+            state = step_by_step(products, state, alpha, islice(noted.stream(batches, "t"), n))
+            recorder.remember_order(settings, noted.order)
+            why = noted.why_not_ahead()
+            if why is not None:
+                recorder.give_up(settings, why)
+        elif recorder.has_given_up(settings):
+            state = step_by_step(products, state, alpha, islice(batches, n))
+        else:
+            arguments = _parts(_counted_by_tensor(state)), alpha, list(islice(batches, n))
+            after = _called(recorder, settings, function, arguments, products)
+            state = replace(TrainState(*after), n_steps=state.n_steps + n)
     return state
+
+
+def _called(
+    recorder: Recorder, settings: Settings, function: Function, arguments: Any, products: Products
+) -> tuple[Any, ...]:
+    """What the function comes to, when its cost and its mode are taken down."""
+    result = recorder.call(settings, function, arguments)
+    products.cost.charge(result.cost)
+    products.mode.proven = result.mode or products.mode.proven
+    return result.tensors
+
+
+class _Noted:
+    """Batches that pass by, and the order of their kinds."""
+
+    def __init__(self) -> None:
+        self.order = ""
+        self._tensors: list[tuple[Tensor, int]] = []
+
+    def stream(self, source: Iterator[Batch], kind: str) -> Stream:
+        """The same batches."""
+        return Stream(self._passing(source, kind), "batches")
+
+    def why_not_ahead(self) -> str | None:
+        """Why they cannot be drawn before they are needed, if they cannot."""
+        changed = any(x._version != version for x, version in self._tensors)  # autograd's count of writes
+        return "batches are written into after they were handed out" if changed else None
+
+    def _passing(self, source: Iterator[Batch], kind: str) -> Iterator[Batch]:
+        for batch in source:
+            self.order += kind
+            self._tensors += [(x, x._version) for x in tensors_of(batch)]
+            yield batch
 
 
 def _parts(state: TrainState) -> tuple[Any, ...]:
@@ -127,9 +176,3 @@ def _counted_by_tensor(state: TrainState) -> TrainState:
     device = next(iter(state.parameters.values())).device
     n_steps: Any = torch.full((), state.n_steps, dtype=torch.float64, device=device)
     return replace(state, n_steps=n_steps)
-
-
-def _noted(stream: Iterator[Batch], kind: str, taken: list[str]) -> Iterator[Batch]:
-    for batch in stream:
-        taken.append(kind)
-        yield batch

@@ -3,13 +3,15 @@
 A step of a small model takes a GPU less time than Python takes to ask for its some hundred operations. So a function
 of tensors, such as a whole horizon of training steps and products, is *recorded*, and replayed on other numbers:
 
-    the first time    it is called, as without recordings, which shows whether it can be recorded
-    the second time   its operations are recorded, and then replayed
+    its first call    is watched: whatever would not happen again in a replay speaks against recording
+    its second call   is recorded, and replayed; the replay must come to what the call has come to
     from then on      its arguments are copied to where the recorded ones were, and its operations replayed
 
 What is no tensor, the logic of an estimator for example, has run when it was recorded, and does not run again. So what
 decides about the operations, settings and the shapes of all arguments, is a recording's *key*. Random numbers of the
-GPU's own generator are drawn anew in every replay; those of other generators would not be, and are looked out for.
+GPU's own generator are drawn anew in every replay.
+
+Only the main thread records: while it does, no other may use the GPU.
 
 Source: PyTorch, "CUDA semantics", on CUDA graphs.
 """
@@ -17,21 +19,26 @@ Source: PyTorch, "CUDA semantics", on CUDA graphs.
 from __future__ import annotations
 
 import pickle
+import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+# Python's view of every operation has no public name yet; PyTorch's notes on extending it say to import it from here.
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from optuna_greedyhg.hypergrad import batches, randomness
 from optuna_greedyhg.hypergrad.cost import Cost
+from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.randomness import RandomState
 
-_MAX_RECORDINGS = 8  # each keeps memory of its own
+MAX_RECORDINGS = 8  # each keeps memory of its own
 _MAX_KEYS = 64
 
 
@@ -39,22 +46,47 @@ class Result(NamedTuple):
     """What a function comes to.
 
     Attributes:
-        tensors: Dictionaries, lists and tuples of tensors.
+        tensors: A tuple of dictionaries, lists and tuples of tensors.
         cost: What it has cost, which is the same in every replay.
+        mode: How its products were made; ``None`` if there were none.
     """
 
-    tensors: Any
+    tensors: tuple[Any, ...]
     cost: Cost
+    mode: ProductMode | None
 
 
 Function = Callable[[Any], Result]
 """Of dictionaries, lists and tuples of tensors, which it does not change."""
 
 
+class Settings(NamedTuple):
+    """What decides about a function's operations, beside the shapes of its arguments.
+
+    Attributes:
+        estimator: What folds a horizon; ``None`` for plain training.
+        n_steps: Number of training steps; ``None`` where the arguments say it.
+        update_rule: Φ.
+        domains: Every hyperparameter's.
+        mode: What products are tried in; ``None`` where there are none.
+    """
+
+    estimator: Any
+    n_steps: int | None
+    update_rule: Any
+    domains: Mapping[str, Any]
+    mode: ProductMode | None
+
+    def is_same(self, other: Settings) -> bool:
+        """Equal objects of a user's own may do otherwise, so that estimator and rule must be the very same."""
+        same = self.estimator is other.estimator and self.update_rule is other.update_rule and self.mode is other.mode
+        return same and self.n_steps == other.n_steps and self.domains == other.domains
+
+
 class Graph(Protocol):
     """A device's operations, recorded once."""
 
-    def record(self, work: Callable[[], Any]) -> Any:
+    def record(self, work: Callable[[], Result]) -> Result:
         """What ``work`` returns, in whose tensors the results of every replay will be; there are none yet."""
 
     def replay(self) -> None:
@@ -67,20 +99,19 @@ class CudaGraph:
     Args:
         device: The device.
         pool: Where graphs that are never replayed at the same time have their memory in common.
-        stream: On which it is recorded.
     """
 
-    def __init__(self, device: torch.device, pool: Any, stream: torch.cuda.Stream) -> None:
+    def __init__(self, device: torch.device, pool: Any) -> None:
         self._device = device
         self._pool = pool
-        self._stream = stream
         self._graph = torch.cuda.CUDAGraph()
 
-    def record(self, work: Callable[[], Any]) -> Any:
-        # Other threads, such as one that pins a loader's batches, may go on calling CUDA.
+    def record(self, work: Callable[[], Result]) -> Result:
+        # Threads that pin a loader's batches may go on calling CUDA.
+        settings: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
         with (
             torch.cuda.device(self._device),
-            torch.cuda.graph(self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            torch.cuda.graph(self._graph, stream=_recording_stream(self._device), **settings),
         ):
             return work()
 
@@ -89,32 +120,19 @@ class CudaGraph:
             self._graph.replay()
 
 
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def cuda_recorder(device: torch.device) -> Recorder:
     """A recorder of CUDA graphs."""
 
     @cache
-    def shared() -> tuple[Any, torch.cuda.Stream]:
-        return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    def pool() -> Any:
+        return torch.cuda.graph_pool_handle()
 
-    return Recorder(lambda: CudaGraph(device, *shared()), device, _waits)
-
-
-@contextmanager
-def _waits() -> Iterator[list[str]]:
-    """Takes down what PyTorch says of operations that wait for a CUDA device; other warnings go their way."""
-    before, found = torch.cuda.get_sync_debug_mode(), list[str]()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield found
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    for warning in caught:
-        if "synchronizing CUDA operation" in str(warning.message):
-            found.append(f"{warning.filename}, line {warning.lineno}")
-        elif "Synchronization debug mode" not in str(warning.message):
-            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return Recorder(lambda: CudaGraph(device, pool()), device)
 
 
 class Recorder:
@@ -123,73 +141,77 @@ class Recorder:
     Args:
         make_graph: Makes an empty graph.
         device: Where the functions compute.
-        watched: Within the context, takes down in its list what waits for the device.
     """
 
-    def __init__(
-        self,
-        make_graph: Callable[[], Graph],
-        device: torch.device,
-        watched: Callable[[], AbstractContextManager[list[str]]],
-    ) -> None:
+    def __init__(self, make_graph: Callable[[], Graph], device: torch.device) -> None:
         self._make_graph = make_graph
         self._device = device
-        self._watched = watched
-        self._known: list[tuple[Any, _Recording | None]] = []  # None: called, and not recorded yet
-        self._orders: list[tuple[Any, str]] = []
-        self._given_up: list[Any] = []
+        self._known: list[tuple[Settings, Any, _Recording | None]] = []  # None: called, and not recorded yet
+        self._orders: list[tuple[Settings, str]] = []
+        self._given_up: list[Settings] = []
         self._is_recording = False
         self._goes_back = False  # whether a step has been made again since this was last unset
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return cuda_recorder, (self._device,)  # which knows nothing yet
 
     @property
     def n_recordings(self) -> int:
         """How many there are."""
-        return sum(its is not None for _, its in self._known)
+        return sum(recording is not None for _, _, recording in self._known)
 
-    def order_of(self, settings: Any) -> str | None:
+    def order_of(self, settings: Settings) -> str | None:
         """The order in which functions of these settings take their batches; ``None`` before the first call."""
-        return next((order for known, order in self._orders if known == settings), None)
+        return next((order for known, order in self._orders if known.is_same(settings)), None)
 
-    def remember_order(self, settings: Any, order: str) -> None:
+    def remember_order(self, settings: Settings, order: str) -> None:
         """Takes it down."""
         self._orders.append((settings, order))
 
-    def has_given_up(self, settings: Any) -> bool:
+    def has_given_up(self, settings: Settings) -> bool:
         """Whether functions of these settings are not to be recorded."""
-        return settings in self._given_up
+        return any(known.is_same(settings) for known in self._given_up)
 
-    def give_up(self, settings: Any, why: str) -> None:
+    def give_up(self, settings: Settings, why: str) -> None:
         """Leaves functions of these settings unrecorded from now on, and says why."""
         warnings.warn(f"This part of the training goes on without CUDA graphs: {why}.", stacklevel=2)
         self._given_up.append(settings)
 
-    def call(self, settings: Any, function: Function, arguments: Any) -> Result:
+    def call(self, settings: Settings, function: Function, arguments: Any) -> Result:
         """What the function comes to, replayed if it can be.
 
         Args:
-            settings: All that decides about its operations beside the shapes of its arguments; compared by ``==``.
+            settings: What decides about its operations, beside the shapes of its arguments.
             function: The function.
             arguments: Dictionaries, lists and tuples of tensors, and what else is in batches.
 
         Raises:
             RuntimeError: If the function cannot be recorded for a reason that its first call has not shown.
         """
-        key = settings, batches.kind_of(arguments), _pattern(arguments)
-        position = next((i for i, (known, _) in enumerate(self._known) if known == key), None)
+        key = batches.kind_of(arguments), _pattern(arguments)
+        known = ((its, kind) for its, kind, _ in self._known)
+        position = next((i for i, (its, kind) in enumerate(known) if its.is_same(settings) and kind == key), None)
         if position is None:
-            result, why = self._called(function, arguments)
+            result, why = self._watched(function, arguments)
             if why is not None:
                 self.give_up(settings, why)
             elif len(self._known) < _MAX_KEYS:
-                self._known.append((key, None))
+                self._known.append((settings, key, None))
             return result
-        recording = self._known[position][1]
-        if recording is None:
-            if self.n_recordings >= _MAX_RECORDINGS:
-                return function(arguments)
-            recording = self._recorded(function, arguments)
-            self._known[position] = key, recording
-        return recording.replay(arguments)
+        recording = self._known[position][2]
+        if recording is not None:
+            return recording.replay(arguments)
+        if self.n_recordings >= MAX_RECORDINGS:
+            return function(arguments)
+        start, result = randomness.capture(self._device), function(arguments)
+        recording = self._recorded(function, arguments)
+        with randomness.restored(start, self._device):
+            replayed = recording.replay(arguments)
+        if _is_near(replayed.tensors, result.tensors):
+            self._known[position] = settings, key, recording
+        else:
+            self.give_up(settings, "a replay comes to other numbers, so that something in it changes from step to step")
+        return result
 
     def capture(self) -> RandomState:
         """The state of the generators, for a step to be made again from; nothing while a function is recorded."""
@@ -202,20 +224,27 @@ class Recorder:
         with nullcontext() if self._is_recording else randomness.restored(state, self._device):
             yield
 
-    def _called(self, function: Function, arguments: Any) -> tuple[Result, str | None]:
+    def _watched(self, function: Function, arguments: Any) -> tuple[Result, str | None]:
         """What the function comes to, and why it cannot be recorded, if it cannot."""
+        tensors = [x.detach().to(self._device, non_blocking=True) for x in batches.tensors_of(arguments)]
+        versions = [x._version for x in tensors]  # autograd's count of writes, described in its notes
         before, others = randomness.capture(self._device), randomness.capture_others()
         self._goes_back = False
-        with self._watched() as waits:
-            result = function(arguments)
+        with _Waits(self._device) as waits:
+            result = function(batches.with_tensors(arguments, iter(tensors)))
         after = randomness.capture(self._device)
-        if not torch.equal(before[0], after[0]) or _differ(others, randomness.capture_others()):
-            return result, "it draws random numbers from another generator than the GPU's own"
-        if self._goes_back and not all(map(torch.equal, before, after)):
-            return result, "steps that have drawn random numbers are made again from the same ones"
-        if waits:
-            return result, f"it waits for the GPU: {waits[0]}"
-        return result, _foreign(arguments)
+        hosts_moved = not torch.equal(before[0], after[0]) or _differ(others, randomness.capture_others())
+        drawn_again = self._goes_back and not all(map(torch.equal, before, after))
+        is_main = threading.current_thread() is threading.main_thread()
+        findings = (
+            _foreign(arguments),
+            None if is_main else "only the main thread can record, and this trial runs in another",
+            f"it waits for the GPU, in {waits.found[0]}" if waits.found else None,
+            "it draws random numbers from another generator than the GPU's own" if hosts_moved else None,
+            "steps that have drawn random numbers are made again from the same ones" if drawn_again else None,
+            "it writes into its batches" if versions != [x._version for x in tensors] else None,
+        )
+        return result, next((finding for finding in findings if finding is not None), None)
 
     def _recorded(self, function: Function, arguments: Any) -> _Recording:
         self._is_recording = True
@@ -224,7 +253,7 @@ class Recorder:
         except Exception as error:
             raise RuntimeError(
                 "With cuda_graphs=True, a CUDA graph must be able to hold all that losses and update rule ask of the "
-                f"GPU, but recording has failed: {error} Start a new process without cuda_graphs=True."
+                f"GPU, but recording has failed: {error.__context__ or error} Start a new process without it."
             ) from error
         finally:
             self._is_recording = False
@@ -235,12 +264,12 @@ class _Recording:
 
     def __init__(self, graph: Graph, function: Function, arguments: Any, device: torch.device) -> None:
         self._graph = graph
-        tensors = list(batches.tensors_of(arguments))
-        self._firsts = sorted(set(_pattern(arguments)))
-        mine = {i: tensors[i].to(device, copy=True) for i in self._firsts}
+        tensors, pattern = list(batches.tensors_of(arguments)), _pattern(arguments)
+        self._firsts = sorted(set(pattern))
+        mine = {i: tensors[i].detach().to(device, copy=True) for i in self._firsts}
         self._arguments = list(mine.values())
         self._loaded: list[tuple[weakref.ref[Tensor], int] | None] = [None] * len(mine)
-        filled = batches.with_tensors(arguments, iter([mine[i] for i in _pattern(arguments)]))
+        filled = batches.with_tensors(arguments, iter([mine[i] for i in pattern]))
         self._result = graph.record(lambda: function(filled))
 
     def replay(self, arguments: Any) -> Result:
@@ -248,19 +277,49 @@ class _Recording:
         for k, i in enumerate(self._firsts):
             its, loaded = tensors[i], self._loaded[k]
             if loaded is None or loaded[0]() is not its or loaded[1] != its._version:
-                self._arguments[k].copy_(its, non_blocking=True)
+                self._arguments[k].copy_(its.detach(), non_blocking=True)
                 self._loaded[k] = weakref.ref(its), its._version
         self._graph.replay()
         copies = iter([x.clone() for x in batches.tensors_of(self._result.tensors)])
-        return Result(batches.with_tensors(self._result.tensors, copies), self._result.cost)
+        return self._result._replace(tensors=batches.with_tensors(self._result.tensors, copies))
+
+
+class _Waits(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Takes down the operations on a device whose results Python waits for, or that copy to or from another.
+
+    Attributes:
+        found: Their names.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._type = device.type
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        devices = {x.device.type for x in (*args, result) if isinstance(x, Tensor)} - {"meta"}
+        copies = func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default) and len(devices) > 1
+        if self._type in devices and (copies or _waits(func, args)):
+            self.found.append(str(func))
+        return result
+
+
+def _waits(function: Any, args: tuple[Any, ...]) -> bool:
+    """Whether Python must know the result's numbers, or its shape, to go on."""
+    if function in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.ops.aten.index_put.default):
+        return any(x.dtype in (torch.bool, torch.uint8) for x in args[1] if isinstance(x, Tensor))  # a mask
+    return torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags
 
 
 def _foreign(batch: Any) -> str | None:
-    """What speaks against recording if a batch holds anything but tensors and constants; ``None`` if nothing does."""
+    """What speaks against recording if a batch holds anything but plain tensors and constants."""
     if isinstance(batch, (dict, tuple, list)):
         items = batch.values() if isinstance(batch, dict) else batch
         return next((why for why in map(_foreign, items) if why is not None), None)
-    if isinstance(batch, (Tensor, str, bytes, int, float, type(None))):
+    if isinstance(batch, Tensor):
+        return None if batch.layout is torch.strided else f"batches hold a tensor of layout {batch.layout}"
+    if isinstance(batch, (str, bytes, int, float, type(None))):
         return None
     return f"batches hold a {type(batch).__name__}, in which there may be tensors"
 
@@ -271,5 +330,17 @@ def _pattern(arguments: Any) -> tuple[int, ...]:
     return tuple(firsts.setdefault(id(x), i) for i, x in enumerate(batches.tensors_of(arguments)))
 
 
-def _differ(x: Any, y: Any) -> bool:
+def _is_near(trees: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether each tree is the other but for the order of summation; of NaN, nothing is said here."""
+    for tree, other in zip(trees, others, strict=True):
+        pairs = [*zip(batches.tensors_of(tree), batches.tensors_of(other), strict=True)]
+        lengths = [torch.stack([torch.linalg.vector_norm(z.double()) for z in (x - y, y)]) for x, y in pairs]
+        distance, length = torch.stack(lengths).norm(dim=0) if lengths else torch.zeros(2)
+        dtype = pairs[0][0].dtype if pairs else torch.float64
+        if bool(distance > torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps ** (1 / 3) * length):
+            return False
+    return True
+
+
+def _differ(x: Sequence[Any], y: Sequence[Any]) -> bool:
     return pickle.dumps(x) != pickle.dumps(y)  # there are arrays in it

@@ -15,8 +15,13 @@ The Hessian is that of the mean loss over the last few batches. One minibatch wi
 in directions of its own, which the steps on the other batches do not see.
 
 A preconditioned rule (Adam) has its response in preconditioned coordinates, P^(1/2)·H·P^(1/2), where P is taken as
-constant from one refresh to the next. There, a response that would grow is held at its size: P^(1/2)·H·P^(1/2) is huge
-at weights that have had hardly a gradient (1e8 in the first steps), where in truth P falls as soon as one comes.
+constant from one refresh to the next.
+
+A response that would grow along a positive curvature is held at its size. Beyond the edge of stability (lr·λ > 2 for
+gradient descent) weights swing from side to side, but do not leave: higher derivatives of the loss hold them there
+(Damian et al., "Self-stabilization", ICLR 2023), where n steps of the quadratic model would multiply them by hundreds.
+Along a negative curvature growth is what happens, but for a preconditioned rule: P^(1/2)·H·P^(1/2) is huge at weights
+that have had hardly a gradient (±1e8 in the first steps), where in truth P falls as soon as one comes.
 """
 
 from __future__ import annotations
@@ -197,16 +202,20 @@ class _Curvature:
     def transitions(self, curvatures: Tensor) -> Tensor:
         """What a step makes of perturbations along k curvatures, shape (k, m, m)."""
         transitions = self.step.rule.transition(curvatures, self._theta, self.step.after.n_steps)
-        return transitions if self.root is None else _without_growth(transitions)
+        held = curvatures > 0 if self.root is None else torch.ones_like(curvatures, dtype=torch.bool)
+        return torch.where(held[:, None, None], _without_growth(transitions), transitions)
 
 
 def _without_growth(transitions: Tensor) -> Tensor:
-    """Matrices of shape (k, 2, 2), each divided by its spectral radius where that is above 1."""
-    half_trace = (transitions[:, 0, 0] + transitions[:, 1, 1]) / 2
-    determinant = transitions[:, 0, 0] * transitions[:, 1, 1] - transitions[:, 0, 1] * transitions[:, 1, 0]
-    discriminant = half_trace**2 - determinant
-    real, conjugate = half_trace.abs() + discriminant.clamp_min(0).sqrt(), determinant.clamp_min(0).sqrt()
-    radius = torch.where(discriminant > 0, real, conjugate)
+    """Matrices of shape (k, m, m), m at most 2, each divided by its spectral radius where that is above 1."""
+    if transitions.shape[-1] == 1:
+        radius = transitions[:, 0, 0].abs()
+    else:
+        half_trace = (transitions[:, 0, 0] + transitions[:, 1, 1]) / 2
+        determinant = transitions[:, 0, 0] * transitions[:, 1, 1] - transitions[:, 0, 1] * transitions[:, 1, 0]
+        discriminant = half_trace**2 - determinant
+        real, conjugate = half_trace.abs() + discriminant.clamp_min(0).sqrt(), determinant.clamp_min(0).sqrt()
+        radius = torch.where(discriminant > 0, real, conjugate)
     return transitions / radius.clamp_min(1.0)[:, None, None]
 
 

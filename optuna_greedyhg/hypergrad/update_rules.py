@@ -62,7 +62,10 @@ class UpdateRule(Protocol):
     def step(
         self, parameters: Tensors, gradient: Tensors, slots: Slots, theta: Theta, n_steps: int
     ) -> tuple[Tensors, Slots]:
-        """The weights and the state after one step, as new tensors; ``n_steps`` counts the steps made before."""
+        """The weights and the state after one step, as new tensors; ``n_steps`` counts the steps made before.
+
+        Where many trials are lanes of one computation, and in CUDA graphs, it is a 0-dimensional float64 tensor.
+        """
 
     def preconditioner(self, slots: Slots, theta: Theta, n_steps: int) -> Tensors | None:
         """The diagonal P that multiplies the first moment, given the state after step ``n_steps``; ``None`` for I."""
@@ -311,7 +314,7 @@ class Adam:
             d, decayed = _decayed(gradient, parameters, wd), parameters
         m = {k: _add_scaled(beta1 * slots["exp_avg"][k], 1 - beta1, d[k]) for k in d}
         v = {k: _add_scaled(beta2 * slots["exp_avg_sq"][k], 1 - beta2, d[k] * d[k]) for k in d}
-        bias1, bias2 = 1 - beta1 ** (n_steps + 1), 1 - beta2 ** (n_steps + 1)
+        bias1, bias2 = (_like(1 - beta ** (n_steps + 1), parameters) for beta in (beta1, beta2))
         after = {k: _add_scaled(w, -lr / bias1, m[k] / (_sqrt(v[k] / bias2) + eps)) for k, w in decayed.items()}
         return after, {"exp_avg": m, "exp_avg_sq": v}
 
@@ -328,8 +331,8 @@ class Adam:
         w, g, slots, theta, n_steps, slots_after = made
         lr, beta1, beta2, eps, wd = (theta[k] for k in ("lr", "beta1", "beta2", "eps", "weight_decay"))
         t = n_steps + 1
-        bias1, bias2 = 1 - beta1**t, 1 - beta2**t
-        to_bias1, to_bias2 = -t * beta1 ** (t - 1), -t * beta2 ** (t - 1)
+        bias1, bias2 = (_like(1 - beta**t, w) for beta in (beta1, beta2))
+        to_bias1, to_bias2 = (_like(-t * beta ** (t - 1), w) for beta in (beta1, beta2))
         d = g if self.decoupled else _decayed(g, w, wd)
         r = {k: torch.sqrt(s / bias2) for k, s in slots_after["exp_avg_sq"].items()}
         h = {k: r[k] + eps for k in r}
@@ -436,6 +439,11 @@ def _decayed(gradient: Tensors, parameters: Tensors, weight_decay: Tensor | floa
     if isinstance(weight_decay, float) and weight_decay == 0.0:
         return gradient
     return {k: _add_scaled(g, weight_decay, parameters[k]) for k, g in gradient.items()}
+
+
+def _like(number: Tensor | float, weights: Tensors) -> Tensor | float:
+    """The number; as a tensor, of the weights' dtype, to which a 0-dimensional weight would not keep otherwise."""
+    return number.to(next(iter(weights.values())).dtype) if isinstance(number, Tensor) else number
 
 
 def _add_scaled(x: Tensor, factor: Tensor | float, y: Tensor) -> Tensor:

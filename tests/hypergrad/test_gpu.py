@@ -155,7 +155,7 @@ def test_what_waits_for_the_device_is_not_recorded(what):
     horizon_of("greedy", parts, RULES["SGD"], CUDA)()  # the device is none the worse for it
 
 
-def test_recordings_hold_as_much_memory_as_two_horizons():
+def test_recordings_take_no_more_memory_than_two_horizons_beside():
     def peak(cuda_graphs):
         model = nn.Sequential(nn.Linear(256, 1024), nn.Tanh(), nn.Linear(1024, 10))
         images, labels = torch.randn(2048, 256), torch.randint(10, (2048,))
