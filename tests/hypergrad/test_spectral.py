@@ -212,6 +212,34 @@ def test_a_preconditioned_response_does_not_grow(curvature):
     assert float(responses[:, :, 0].abs().max()) < 20
 
 
+EDGES = {
+    "SGD": SGD(lr=0.1),
+    "momentum": SGD(lr=0.1, momentum=0.9),
+    "nesterov": SGD(lr=0.1, momentum=0.9, nesterov=True),
+}
+
+
+def responses_to(curvature, rule, n):
+    """To 0, 1, ..., n steps, on the weights."""
+    case = Case(quadratic(torch.full((P,), curvature).double()), rule)
+    step = case.products().step(case.state_after(0), case.alpha(), 0, remaining=n)
+    response = Spectral(rank=1).begin(None, step, step.validation().gradient, n).response
+    return torch.stack([response.after(range(k, k + 1))[0, 0] for k in range(n + 1)])
+
+
+@pytest.mark.parametrize("rule", EDGES)
+def test_beyond_the_edge_of_stability_a_response_is_held(rule):
+    responses = responses_to(50.0, EDGES[rule], 200)
+    assert float(responses.abs().max()) < 20
+    assert float(responses[-20:].abs().max()) > 0.1  # and does not vanish
+
+
+@pytest.mark.parametrize("curvature", [19.0, -3.0])
+def test_below_the_edge_and_along_negative_curvature_it_is_what_a_step_does(curvature):
+    expected = (1 - 0.1 * curvature) ** torch.arange(31).double()
+    torch.testing.assert_close(responses_to(curvature, EDGES["SGD"], 30), expected)
+
+
 class TestHorizonAfterHorizon:
     """What is carried on in a descent."""
 
