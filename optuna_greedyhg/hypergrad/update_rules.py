@@ -442,7 +442,7 @@ def _decayed(gradient: Tensors, parameters: Tensors, weight_decay: Tensor | floa
 
 
 def _like(number: Tensor | float, weights: Tensors) -> Tensor | float:
-    """The number; as a tensor, of the weights' dtype, to which a 0-dimensional weight would not keep otherwise."""
+    """The number, if a tensor then in the weights' dtype: a 0-dimensional weight would take on a wider one."""
     return number.to(next(iter(weights.values())).dtype) if isinstance(number, Tensor) else number
 
 
