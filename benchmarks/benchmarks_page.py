@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import tables
-from grid import interval
 
 from optuna_greedyhg.report.comparison import LOSSES, MethodRow, Statistics, statistics_of
 from optuna_greedyhg.report.runs import run_from_json
+from optuna_greedyhg.report.statistics import mean_and_half_width
 from optuna_greedyhg.report.wording import number, p_value, plus_minus
 from optuna_greedyhg.tasks import TASKS
 
@@ -162,7 +162,9 @@ def _choice_line(
     """Medians over all its seeds, and mean differences to the usual studies of the same seeds."""
     medians = {key: statistics.median(result[key] for result in its.values()) for key in next(iter(its.values()))}
     differences = [
-        "" if choice == USUAL else plus_minus(key, *interval([its[seed][key] - usual[seed][key] for seed in its]))
+        ""
+        if choice == USUAL
+        else plus_minus(key, *mean_and_half_width([its[seed][key] - usual[seed][key] for seed in its]))
         for key in _PAIRED
     ]
     return [

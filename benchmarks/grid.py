@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 
 import environment
 from filelock import FileLock
-from scipy.stats import t as student_t
 
 from optuna_greedyhg.report.files import write_whole
+from optuna_greedyhg.report.statistics import mean_and_half_width
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
@@ -62,15 +61,7 @@ def _added(path: Path | None, rows: list[Row], row: Row) -> list[Row]:
     return rows
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean and the half-width of its 95% confidence interval by Student's t; NaN for a single value."""
-    n = len(values)
-    if n < 2:
-        return statistics.fmean(values), math.nan
-    return statistics.fmean(values), float(student_t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
-
-
 def plus_minus(values: list[float]) -> str:
     """The mean and its interval in words; the value alone where there is but one."""
-    mean, half_width = interval(values)
+    mean, half_width = mean_and_half_width(values)
     return f"{mean:.2f}" if math.isnan(half_width) else f"{mean:.2f} ± {half_width:.2f}"

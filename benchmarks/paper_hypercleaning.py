@@ -31,6 +31,7 @@ from optuna_greedyhg.hypergrad.estimators import DrMAD, Estimator, Greedy, Impli
 from optuna_greedyhg.hypergrad.evaluation import Online
 from optuna_greedyhg.hypergrad.spectral import Spectral
 from optuna_greedyhg.hypergrad.update_rules import SGD
+from optuna_greedyhg.report.statistics import mean_and_half_width
 from optuna_greedyhg.tasks import cleaning
 from optuna_greedyhg.tasks.fashion import N_TRAIN, FashionCleaning
 
@@ -134,8 +135,8 @@ def table(rows: list[grid.Row], dataset: str, share: float) -> str:
                 grid.plus_minus([result[key] for result in results])
                 for key in ("val_accuracy", "test_accuracy", "val_accuracy_at_end", "test_accuracy_at_end")
             )
-            weights = (grid.interval([result[key] for result in results])[0] for key in cleaning.DIAGNOSTICS)
-            cost = grid.interval([result["cost_in_train_gradients"] for result in results])[0]
+            weights = (mean_and_half_width([result[key] for result in results])[0] for key in cleaning.DIAGNOSTICS)
+            cost = mean_and_half_width([result["cost_in_train_gradients"] for result in results])[0]
             shown = (" / ".join(f"{w:.2f}" for w in weights), f"{cost:.0f}", str(len(results)))
             lines.append([method, published.get(method, ""), *accuracies, *shown])
     header = ["", "published", "best", "unseen", "at the end", "unseen", "weights clean / wrong", "cost", "seeds"]

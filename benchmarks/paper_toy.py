@@ -51,6 +51,7 @@ from optuna_greedyhg.hypergrad.products import InnerStep, Products, TrainState
 from optuna_greedyhg.hypergrad.spectral import Spectral
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import SGD
+from optuna_greedyhg.report.statistics import mean_and_half_width
 
 LR = 0.1
 CURVATURES = (1.0, 0.5)
@@ -243,7 +244,7 @@ def columns(result: dict[str, Any]) -> list[str]:
     reached = [k for k in result["steps_to_reach"] if k is not None]
     means, minima = ([c for c in result[key] if c is not None] for key in ("mean_cosine", "min_cosine"))
     return [
-        "{:.3f} ± {:.3f}".format(*grid.interval(final)),
+        "{:.3f} ± {:.3f}".format(*mean_and_half_width(final)),
         f"{final[0]:.3f}",
         f"{len(reached)}/{len(final)}" + (f" in {median(reached):.0f}" if reached else ""),
         f"{fmean(means):.3f}, ≥ {min(minima):.3f}" if means else "–",

@@ -78,7 +78,7 @@ def spread(values: Sequence[float]) -> Spread:
     if not values:
         return Spread(*[math.nan] * 5)
     first, median, third = (float(q) for q in np.quantile(values, [0.25, 0.5, 0.75]))
-    mean, half_width = _mean_and_half_width(values)
+    mean, half_width = mean_and_half_width(values)
     return Spread(median, first, third, mean, half_width)
 
 
@@ -94,7 +94,7 @@ def paired(values: Sequence[float], reference: Sequence[float], *, maximize: boo
     signs = [better * float(np.sign(d)) for d in differences]
     if n == 0:
         return Paired(0, 0, 0, *[math.nan] * 4)
-    mean, half_width = _mean_and_half_width(differences)
+    mean, half_width = mean_and_half_width(differences)
     if not any(differences):
         p_t = p_wilcoxon = 1.0 if n > 1 else math.nan
     else:
@@ -156,7 +156,8 @@ def alike(ranking: Ranking) -> list[tuple[str, ...]]:
     return [tuple(name for name, _ in ordered[i : j + 1]) for i, j in groups]
 
 
-def _mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and the half-width of its confidence interval by Student's t; NaN for a single value."""
     n = len(values)
     mean = float(np.mean(values))
     if n < 2:
