@@ -240,7 +240,11 @@ class TestArtifacts:
 class TestTrialsThatEndEarly:
     def test_ctrl_c_in_the_middle_of_an_outer_step(self, tmp_path: Path) -> None:
         def interrupted() -> torch.Tensor:
-            signal.raise_signal(signal.SIGINT)
+            handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.signal(signal.SIGINT, handler)
             raise AssertionError("the signal was ignored")
 
         made = study(storage=f"sqlite:///{tmp_path}/study.db")
