@@ -21,17 +21,13 @@ from typing import Any
 
 import environment
 import torch
-from methods.ours import ESTIMATORS, hypergradient
+from methods.ours import ESTIMATORS, hypergradient, in_parts
 from methods.problem import LR, MOMENTUM, Setting, train_loss, val_loss
 from step_cost import MODELS, median_ratio, take_turns
 
 from optuna_greedyhg.hypergrad.batches import to_device
 from optuna_greedyhg.hypergrad.devices import as_device
-from optuna_greedyhg.hypergrad.domains import Unbounded
 from optuna_greedyhg.hypergrad.peak_memory import peak_bytes
-from optuna_greedyhg.hypergrad.problem import BilevelProblem
-from optuna_greedyhg.hypergrad.products import Products
-from optuna_greedyhg.hypergrad.update_rules import SGD
 from optuna_greedyhg.hypergrad.work import Horizon
 
 HORIZON = 10
@@ -89,20 +85,8 @@ def in_a_descent(
     setting: Setting, name: str, device: torch.device, autocast: torch.dtype | None
 ) -> Callable[[], object]:
     """A horizon as a descent asks for it, with CUDA graphs; recorded already."""
-    net, logits = setting.net(), torch.zeros(setting.n_examples, device=device)
-    problem = BilevelProblem(
-        model=net,
-        train_loss=lambda model, alpha, batch: train_loss(model, alpha["logits"], batch),
-        val_loss=lambda model, alpha, batch: val_loss(model, batch),
-        train_batches=setting.train,
-        val_batches=setting.val,
-        device=device,
-        autocast=autocast,
-        cuda_graphs=True,
-    )
-    products = Products(problem, {"logits": Unbounded()}, SGD(lr=LR, momentum=MOMENTUM))
-    start = products.initial_state()
-    work = Horizon(problem, products, ESTIMATORS[name], None, {"logits": logits}, start, setting.horizon, 0)
+    problem, products, alpha = in_parts(setting, device=device, autocast=autocast, cuda_graphs=True)
+    work = Horizon(problem, products, ESTIMATORS[name], None, alpha, products.initial_state(), setting.horizon, seed=0)
     for _ in range(3):
         work.perform()
     return work.perform

@@ -14,6 +14,7 @@ from optuna_greedyhg.hypergrad.domains import Unbounded
 from optuna_greedyhg.hypergrad.estimators import DrMAD, Estimator, Greedy, Implicit, Reverse, fold
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.products import Products
+from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import SGD
 
 ESTIMATORS: dict[str, Estimator[Any]] = {
@@ -28,10 +29,10 @@ ESTIMATORS: dict[str, Estimator[Any]] = {
 }
 
 
-def hypergradient(
-    setting: Setting, estimator: Estimator[Any], dtype: torch.dtype = torch.float32, **settings: Any
-) -> Callable[[], Tensor]:
-    """The work of one estimator; further settings are those of ``BilevelProblem``."""
+def in_parts(
+    setting: Setting, dtype: torch.dtype = torch.float32, **settings: Any
+) -> tuple[BilevelProblem, Products, Tensors]:
+    """The problem, with its update rule, and α; further settings are those of ``BilevelProblem``."""
     train, val = (batch._replace(images=batch.images.to(dtype)) for batch in (setting.train, setting.val))
     problem = BilevelProblem(
         model=setting.net().to(dtype),
@@ -42,7 +43,14 @@ def hypergradient(
         **settings,
     )
     products = Products(problem, {"logits": Unbounded()}, SGD(lr=LR, momentum=MOMENTUM))
-    alpha = {"logits": torch.zeros(setting.n_examples, dtype=dtype, device=problem.device)}
+    return problem, products, {"logits": torch.zeros(setting.n_examples, dtype=dtype, device=problem.device)}
+
+
+def hypergradient(
+    setting: Setting, estimator: Estimator[Any], dtype: torch.dtype = torch.float32, **settings: Any
+) -> Callable[[], Tensor]:
+    """The work of one estimator; further settings are those of ``BilevelProblem``."""
+    _, products, alpha = in_parts(setting, dtype, **settings)
     horizon = setting.horizon
 
     def run() -> Tensor:

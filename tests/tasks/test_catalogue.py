@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -25,6 +26,16 @@ BUILT_IN = [name for name in TASKS if name not in FROM_FOLDER]
 def defaults_of(task: Task) -> tuple[ghg.Alpha, FixedTrial]:
     trial = FixedTrial(dict(task.defaults))
     return ghg.Alpha(trial), trial
+
+
+def descended(task: Task, **settings: Any) -> tuple[ghg.BilevelProblem | ghg.MetaProblem, ghg.Alpha, ghg.OuterStep]:
+    """A task's problem and α at its defaults, and the last step of a descent on it."""
+    alpha, trial = defaults_of(task)
+    problem, rule = task.define(trial, alpha)
+    *_, last = ghg.descend(
+        problem, alpha.hyperparameters, update_rule=rule, estimator=ghg.Greedy(), horizon=3, **settings
+    )
+    return problem, alpha, last
 
 
 def test_there_are_those_of_the_documentation() -> None:
@@ -74,19 +85,8 @@ def test_trains_at_its_defaults(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_hyperparameter_has_a_gradient(name: str) -> None:
-    alpha, trial = defaults_of(task := make_task(name))
-    problem, rule = task.define(trial, alpha)
-    steps = ghg.descend(
-        problem,
-        alpha.hyperparameters,
-        update_rule=rule,
-        estimator=ghg.Greedy(),
-        horizon=3,
-        n_outer_steps=1,
-        evaluate=ghg.Retrain(1),
-        outer_optimizer=partial(torch.optim.SGD, lr=1e3),
-    )
-    *_, last = steps
+    settings = {"n_outer_steps": 1, "evaluate": ghg.Retrain(1), "outer_optimizer": partial(torch.optim.SGD, lr=1e3)}
+    _, alpha, last = descended(make_task(name), **settings)
     moved = {key: (last.values[key] != h.init.to(last.values[key])) for key, h in alpha.hyperparameters.items()}
     # The quadratic terms of some tables, and pixels that are empty in all images, are read by no gradient.
     assert all(m.double().mean() > 0.5 for m in moved.values()), {key: m.double().mean() for key, m in moved.items()}
@@ -138,18 +138,8 @@ def test_fifty_thousand_weights_are_refined_in_minibatches(tmp_path: Path) -> No
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_all_that_a_gpu_does_is_recorded(name: str) -> None:
-    alpha, trial = defaults_of(task := make_task(name, device="cuda"))
-    problem, rule = task.define(trial, alpha)
-    steps = ghg.descend(  # and nothing warns of a part that goes on without
-        problem,
-        alpha.hyperparameters,
-        update_rule=rule,
-        estimator=ghg.Greedy(),
-        horizon=3,
-        n_outer_steps=6,
-        evaluate=ghg.Retrain(60),
-    )
-    *_, last = steps
+    task = make_task(name, device="cuda")
+    problem, _, last = descended(task, n_outer_steps=6, evaluate=ghg.Retrain(60))  # and no part warns of going without
     assert last.best.scores["loss"] < float("inf")
     recorder = problem.val_episodes[0].recorder
     assert recorder is not None
