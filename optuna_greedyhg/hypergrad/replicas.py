@@ -106,7 +106,7 @@ class _Lane:
         self._train = work.batches if isinstance(work, Training) else work.products.train_stream
         if isinstance(work, Training):
             self.random_state = work.random_state
-        else:
+        elif not self._problem.has_fixed_batches:
             with self._problem.seeded(work.seed):
                 self.random_state = self._problem.random_state()
 

@@ -59,6 +59,7 @@ _VERSION = 1
 _QUANTILES = (0.1, 0.5, 0.9)
 _TRAJECTORY_LENGTH = 100
 _SAMPLE = 100_000
+_READ_AT_ONCE = 10  # outer steps: each reading waits for the device
 
 Row = dict[str, float | None]
 
@@ -138,10 +139,12 @@ class Trajectory:
 
     def __init__(self, rows: Sequence[Row] = ()) -> None:
         self._rows = list(rows)
+        self._unread: list[Mapping[str, Tensor]] = []  # α of the last rows, whose columns are still to come
 
     @property
     def rows(self) -> list[Row]:
         """All outer steps, from which it can be made again."""
+        self._read()
         return list(self._rows)
 
     def append(
@@ -153,20 +156,35 @@ class Trajectory:
         val_loss: float,
         hypergradient_norm: float,
     ) -> None:
+        """One more outer step; the tensors of ``alpha`` are not to be changed later."""
         numbers = (outer_step, value, val_loss, hypergradient_norm)
-        row: Row = dict(zip(TRAJECTORY_COLUMNS, numbers, strict=True))
-        for name, x in alpha.items():
-            if x.ndim == 0:
-                row[name] = float(x)
-            elif x.numel() > 0:
-                entries = x.detach().flatten()[:: 1 + x.numel() // _SAMPLE].double()
-                quantiles = torch.quantile(entries, entries.new_tensor(_QUANTILES))
-                row |= {f"{name}.q{100 * q:.0f}": float(v) for q, v in zip(_QUANTILES, quantiles, strict=True)}
-        self._rows.append(row)
+        self._rows.append(dict(zip(TRAJECTORY_COLUMNS, numbers, strict=True)))
+        self._unread.append({name: _sampled(x) for name, x in alpha.items()})
+        if len(self._unread) == _READ_AT_ONCE:
+            self._read()
+
+    def _read(self) -> None:
+        if not self._unread:
+            return
+        rows = self._rows[-len(self._unread) :]
+        for name in self._unread[0]:
+            of_steps = torch.stack([alpha[name] for alpha in self._unread])
+            columns: dict[str, Tensor] = {}
+            if of_steps.ndim == 1:
+                columns = {name: of_steps}
+            elif of_steps.numel() > 0:
+                entries = of_steps.double()
+                quantiles = torch.quantile(entries, entries.new_tensor(_QUANTILES), dim=1)
+                columns = {f"{name}.q{100 * q:.0f}": x for q, x in zip(_QUANTILES, quantiles, strict=True)}
+            for key, column in columns.items():
+                for row, number in zip(rows, column.tolist(), strict=True):
+                    row[key] = number
+        self._unread.clear()
 
     def columns(self) -> dict[str, list[float | None]]:
-        evaluated = _thinned([k for k, row in enumerate(self._rows) if row["value"] is not None])
-        rows = [self._rows[k] for k in sorted({*evaluated, *_thinned(range(len(self._rows)))})]
+        every = self.rows
+        evaluated = _thinned([k for k, row in enumerate(every) if row["value"] is not None])
+        rows = [every[k] for k in sorted({*evaluated, *_thinned(range(len(every)))})]
         return {key: [_six_digits(row[key]) for row in rows] for key in (rows[0] if rows else {})}
 
 
@@ -322,6 +340,11 @@ def _load(trial: FrozenTrial, artifact_store: ArtifactStore | None) -> dict[str,
             f"reads version {_VERSION}."
         )
     return content
+
+
+def _sampled(x: Tensor) -> Tensor:
+    """The number itself, or entries that keep no larger tensor alive."""
+    return x.detach() if x.ndim == 0 else x.detach().flatten()[:: 1 + x.numel() // _SAMPLE].contiguous()
 
 
 def _thinned(indices: Sequence[int]) -> Sequence[int]:

@@ -41,6 +41,8 @@ from optuna_greedyhg.trials.policies import Always, Policy, decide
 from optuna_greedyhg.trials.records import ArtifactStore
 from optuna_greedyhg.trials.signatures import signature_of
 
+_USUALLY_MAXIMIZED = frozenset({"accuracy", "acc", "auc", "auroc", "f1", "precision", "recall", "r2"})
+
 _logger = logging.getLogger("optuna.greedyhg")
 
 Callback = Callable[[BaseTrial, OuterStep], None]
@@ -441,6 +443,12 @@ def _maximizes(trial: BaseTrial, metric: str) -> bool:
             f"The study {study.study_name!r} maximizes, but the trial's value would be a loss, which is minimized; "
             "create the study with direction='minimize', or name what to maximize: give BilevelProblem a metric, "
             "metrics={'accuracy': ...}, and refine() metric='accuracy'."
+        )
+    if not maximizes and isinstance(trial, Trial) and _USUALLY_MAXIMIZED.intersection(metric.lower().split("_")):
+        warn_once(
+            trial,
+            f"the study {study.study_name!r} minimizes {metric!r}, of which more is better as a rule. If so, create the "
+            "study with direction='maximize'.",
         )
     return maximizes
 

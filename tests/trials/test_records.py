@@ -155,6 +155,21 @@ def test_a_short_trajectory_is_kept_whole() -> None:
     assert trajectory.columns()["val_loss"] == list(range(100))
 
 
+def test_every_row_has_the_numbers_of_its_own_outer_step() -> None:
+    trajectory, steps = records.Trajectory(), torch.rand(23, 50, generator=torch.Generator().manual_seed(0))
+    for k, x in enumerate(steps):
+        alpha = {"first": x[0], "all": x}
+        trajectory.append(k, None, alpha, val_loss=0.0, hypergradient_norm=0.0)
+        if k == 4:  # read in between, as for a checkpoint
+            trajectory = records.Trajectory(trajectory.rows)
+        if k == 7:
+            assert trajectory.rows[6].keys() == trajectory.rows[0].keys()
+    columns = trajectory.columns()
+    assert columns["outer_step"] == list(range(23))
+    assert columns["first"] == pytest.approx(steps[:, 0].tolist(), rel=1e-5)
+    assert columns["all.q90"] == pytest.approx(steps.double().quantile(0.9, dim=1).tolist(), rel=1e-5)
+
+
 @pytest.mark.parametrize("n", [0, 17_000_000])
 def test_tensors_of_any_size_have_a_trajectory(n: int) -> None:
     trajectory = records.Trajectory()

@@ -118,6 +118,15 @@ def test_a_maximizing_study_of_a_loss_is_refused_at_the_door() -> None:
     assert made.trials[0].intermediate_values == {}
 
 
+def test_a_study_that_minimizes_an_accuracy_is_warned_of_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    problem = problems.make_problem(metrics={"top_1_accuracy": lambda model, alpha, batch: 0.5})
+    for direction in ("minimize", "maximize"):
+        made = study(direction=direction, study_name=f"to_{direction}")
+        made.optimize(lambda trial: problems.refine(trial, problem=problem, metric="top_1_accuracy"), n_trials=2)
+    (said,) = (record.getMessage() for record in caplog.records if "more is better" in record.getMessage())
+    assert "'to_minimize' minimizes 'top_1_accuracy'" in said
+
+
 def test_several_objectives_are_refused_at_the_door() -> None:
     with pytest.raises(ValueError, match="single objective, but 'pair' has 2"):
         study(directions=["minimize", "minimize"], study_name="pair").optimize(problems.refine, n_trials=1)
