@@ -17,7 +17,7 @@ statistics) are constants of the derivatives.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -196,6 +196,12 @@ class Products:
         """
         recipe = StepRecipe(self, alpha, batch, _capture(self.problem), remaining)
         return recipe.cook(state, keep_graph)
+
+    def train(self, state: TrainState, alpha: Tensors, batches: Iterable[Batch]) -> TrainState:
+        """The state after a plain training step on each of the batches, none of which will be made again."""
+        for batch in batches:
+            state = StepRecipe(self, alpha, batch, random_state=(), remaining=0).cook(state, keep_graph=False).after
+        return state
 
     def validate(self, state: TrainState, alpha: Tensors, batch: Batch) -> Validation:
         """L_val and both of its gradients at one state, in one pass."""

@@ -6,7 +6,7 @@ are drawn before, in the order in which the estimator asks for them, which its f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 from optuna_greedyhg.hypergrad.batches import Batch, Stream, tensors_of
 from optuna_greedyhg.hypergrad.estimators import Folded
 from optuna_greedyhg.hypergrad.products import Products, TrainState
-from optuna_greedyhg.hypergrad.recordings import Function, Recorder, Result, Settings
+from optuna_greedyhg.hypergrad.recordings import Function, Part, Recorder, Result, Settings
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 _STEPS_AT_ONCE = 10  # of plain training
@@ -64,23 +64,23 @@ def roll_out(
         alpha: The coordinates of α.
         n_steps: Number T of training steps.
     """
-    settings = Settings(estimator, n_steps, products.update_rule, products.domains, products.mode.current)
-    if recorder.has_given_up(settings):
+    part = recorder.part(Settings(estimator, n_steps, products.update_rule, products.domains, products.mode.current))
+    if part.given_up:
         return end_of(fold(products, state, alpha))
-    order = recorder.order_of(settings)
-    if order is None:
+    if part.order is None:
         noted = _Noted()
-        its = products.drawing_from(noted.stream(products.train_stream, "t"), noted.stream(products.val_stream, "v"))
+        train, val = noted.passing(products.train_stream, "t"), noted.passing(products.val_stream, "v")
+        its = products.drawing_from(Stream(train, "train_batches"), Stream(val, "val_batches"))
         ended = end_of(fold(its, state, alpha))
         products.cost.charge(its.cost)
-        recorder.remember_order(settings, noted.order)
+        part.order = noted.order
         why = noted.why_not_ahead()
         if ended.carried is not None:
             why = f"{estimator} takes along what it knows from one horizon to the next"
         elif n_steps > _MAX_HORIZON:
             why = f"a horizon of {n_steps} steps is longer than the {_MAX_HORIZON} that are recorded"
         if why is not None:
-            recorder.give_up(settings, why)
+            recorder.give_up(part, why)
         return ended
 
     def function(arguments: Any) -> Result:
@@ -93,52 +93,44 @@ def roll_out(
 
     streams = {"t": products.train_stream, "v": products.val_stream}
     drawn: dict[str, list[Batch]] = {"t": [], "v": []}
-    for kind in order:
+    for kind in part.order:
         drawn[kind].append(next(streams[kind]))
     arguments = _parts(_counted_by_tensor(state)), alpha, drawn["t"], drawn["v"]
-    *after, hypergradient, (val_loss,) = _called(recorder, settings, function, arguments, products)
+    *after, hypergradient, (val_loss,) = _called(recorder, part, function, arguments, products)
     return Ended(replace(TrainState(*after), n_steps=state.n_steps + n_steps), hypergradient, val_loss, None)
 
 
 def train(
-    recorder: Recorder, products: Products, state: TrainState, alpha: Tensors, batches: Iterator[Batch], n_steps: int
+    recorder: Recorder, products: Products, state: TrainState, alpha: Tensors, batches: Iterator[Batch]
 ) -> TrainState:
-    """The state after some steps of plain training, by recordings of several steps if it can be."""
-    settings = Settings(None, None, products.update_rule, products.domains, None)
-
-    def step_by_step(its: Products, state: TrainState, alpha: Tensors, batches: Iterable[Batch]) -> TrainState:
-        for batch in batches:
-            state = its.step(state, alpha, batch).after
-        return state
+    """The state after a step of plain training on each batch, by recordings of several steps if it can be."""
+    part = recorder.part(Settings(None, None, products.update_rule, products.domains, None))
 
     def function(arguments: Any) -> Result:
         state, alpha, taken = arguments
         its = products.drawing_from(products.train_stream, products.val_stream)
-        return Result(_parts(step_by_step(its, TrainState(*state), alpha, taken)), its.cost, None)
+        return Result(_parts(its.train(TrainState(*state), alpha, taken)), its.cost, None)
 
-    for done in range(0, n_steps, _STEPS_AT_ONCE):
-        n = min(_STEPS_AT_ONCE, n_steps - done)
-        if recorder.order_of(settings) is None:
+    while not part.given_up:
+        if part.order is None:
             noted = _Noted()
-            state = step_by_step(products, state, alpha, islice(noted.stream(batches, "t"), n))
-            recorder.remember_order(settings, noted.order)
+            state = products.train(state, alpha, noted.passing(islice(batches, _STEPS_AT_ONCE), "t"))
+            part.order = noted.order
             why = noted.why_not_ahead()
             if why is not None:
-                recorder.give_up(settings, why)
-        elif recorder.has_given_up(settings):
-            state = step_by_step(products, state, alpha, islice(batches, n))
+                recorder.give_up(part, why)
+        elif taken := list(islice(batches, _STEPS_AT_ONCE)):
+            arguments = _parts(_counted_by_tensor(state)), alpha, taken
+            after = _called(recorder, part, function, arguments, products)
+            state = replace(TrainState(*after), n_steps=state.n_steps + len(taken))
         else:
-            arguments = _parts(_counted_by_tensor(state)), alpha, list(islice(batches, n))
-            after = _called(recorder, settings, function, arguments, products)
-            state = replace(TrainState(*after), n_steps=state.n_steps + n)
-    return state
+            return state
+    return products.train(state, alpha, batches)
 
 
-def _called(
-    recorder: Recorder, settings: Settings, function: Function, arguments: Any, products: Products
-) -> tuple[Any, ...]:
+def _called(recorder: Recorder, part: Part, function: Function, arguments: Any, products: Products) -> tuple[Any, ...]:
     """What the function comes to, when its cost and its mode are taken down."""
-    result = recorder.call(settings, function, arguments)
+    result = recorder.call(part, function, arguments)
     products.cost.charge(result.cost)
     products.mode.proven = result.mode or products.mode.proven
     return result.tensors
@@ -151,20 +143,17 @@ class _Noted:
         self.order = ""
         self._tensors: list[tuple[Tensor, int]] = []
 
-    def stream(self, source: Iterator[Batch], kind: str) -> Stream:
+    def passing(self, source: Iterator[Batch], kind: str) -> Iterator[Batch]:
         """The same batches."""
-        return Stream(self._passing(source, kind), "batches")
+        for batch in source:
+            self.order += kind
+            self._tensors += [(x, x._version) for x in tensors_of(batch)]
+            yield batch
 
     def why_not_ahead(self) -> str | None:
         """Why they cannot be drawn before they are needed, if they cannot."""
         changed = any(x._version != version for x, version in self._tensors)  # autograd's count of writes
         return "batches are written into after they were handed out" if changed else None
-
-    def _passing(self, source: Iterator[Batch], kind: str) -> Iterator[Batch]:
-        for batch in source:
-            self.order += kind
-            self._tensors += [(x, x._version) for x in tensors_of(batch)]
-            yield batch
 
 
 def _parts(state: TrainState) -> tuple[Any, ...]:

@@ -7,9 +7,9 @@ of tensors, such as a whole horizon of training steps and products, is *recorded
     its second call   is recorded, and replayed; the replay must come to what the call has come to
     from then on      its arguments are copied to where the recorded ones were, and its operations replayed
 
-What is no tensor, the logic of an estimator for example, has run when it was recorded, and does not run again. So what
-decides about the operations, settings and the shapes of all arguments, is a recording's *key*. Random numbers of the
-GPU's own generator are drawn anew in every replay.
+What is no tensor, the logic of an estimator for example, has run when it was recorded, and does not run again. So
+there is one recording for all that decides about the operations: settings and the shapes of all arguments. Random
+numbers of the GPU's own generator are drawn anew in every replay.
 
 Only the main thread records: while it does, no other may use the GPU.
 
@@ -24,6 +24,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -39,7 +40,7 @@ from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.randomness import RandomState
 
 MAX_RECORDINGS = 8  # each keeps memory of its own
-_MAX_KEYS = 64
+_MAX_KINDS = 64
 
 
 class Result(NamedTuple):
@@ -135,6 +136,31 @@ def cuda_recorder(device: torch.device) -> Recorder:
     return Recorder(lambda: CudaGraph(device, pool()), device)
 
 
+@dataclass(eq=False)
+class Part:
+    """A part of training, as a recorder knows it: the functions of some settings.
+
+    Attributes:
+        settings: What decides about their operations, beside the shapes of their arguments.
+        order: That in which they take their batches; ``None`` before the first call.
+        given_up: Whether they are not to be recorded.
+        calls: The kinds of arguments that they have been called with.
+    """
+
+    settings: Settings
+    order: str | None = None
+    given_up: bool = False
+    calls: list[_Call] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Call:
+    """Arguments of one kind, and the recording of what is done with such; ``None`` until the second call."""
+
+    kind: Any
+    recording: _Recording | None = None
+
+
 class Recorder:
     """Calls functions, and records those that are called again.
 
@@ -146,9 +172,7 @@ class Recorder:
     def __init__(self, make_graph: Callable[[], Graph], device: torch.device) -> None:
         self._make_graph = make_graph
         self._device = device
-        self._known: list[tuple[Settings, Any, _Recording | None]] = []  # None: called, and not recorded yet
-        self._orders: list[tuple[Settings, str]] = []
-        self._given_up: list[Settings] = []
+        self._parts: list[Part] = []
         self._is_recording = False
         self._goes_back = False  # whether a step has been made again since this was last unset
 
@@ -158,49 +182,47 @@ class Recorder:
     @property
     def n_recordings(self) -> int:
         """How many there are."""
-        return sum(recording is not None for _, _, recording in self._known)
+        return sum(call.recording is not None for call in self._calls)
 
-    def order_of(self, settings: Settings) -> str | None:
-        """The order in which functions of these settings take their batches; ``None`` before the first call."""
-        return next((order for known, order in self._orders if known.is_same(settings)), None)
+    @property
+    def _calls(self) -> list[_Call]:
+        return [call for part in self._parts for call in part.calls]
 
-    def remember_order(self, settings: Settings, order: str) -> None:
-        """Takes it down."""
-        self._orders.append((settings, order))
+    def part(self, settings: Settings) -> Part:
+        """What is known of the functions of these settings."""
+        found = next((part for part in self._parts if part.settings.is_same(settings)), None)
+        if found is None:
+            found = Part(settings)
+            self._parts.append(found)
+        return found
 
-    def has_given_up(self, settings: Settings) -> bool:
-        """Whether functions of these settings are not to be recorded."""
-        return any(known.is_same(settings) for known in self._given_up)
-
-    def give_up(self, settings: Settings, why: str) -> None:
-        """Leaves functions of these settings unrecorded from now on, and says why."""
+    def give_up(self, part: Part, why: str) -> None:
+        """Leaves a part unrecorded from now on, and says why."""
         warnings.warn(f"This part of the training goes on without CUDA graphs: {why}.", stacklevel=2)
-        self._given_up.append(settings)
+        part.given_up = True
 
-    def call(self, settings: Settings, function: Function, arguments: Any) -> Result:
+    def call(self, part: Part, function: Function, arguments: Any) -> Result:
         """What the function comes to, replayed if it can be.
 
         Args:
-            settings: What decides about its operations, beside the shapes of its arguments.
+            part: The part of training that it is of.
             function: The function.
             arguments: Dictionaries, lists and tuples of tensors, and what else is in batches.
 
         Raises:
             RuntimeError: If the function cannot be recorded for a reason that its first call has not shown.
         """
-        key = batches.kind_of(arguments), _pattern(arguments)
-        known = ((its, kind) for its, kind, _ in self._known)
-        position = next((i for i, (its, kind) in enumerate(known) if its.is_same(settings) and kind == key), None)
-        if position is None:
+        kind = batches.kind_of(arguments), _pattern(arguments)
+        known = next((call for call in part.calls if call.kind == kind), None)
+        if known is None:
             result, why = self._watched(function, arguments)
             if why is not None:
-                self.give_up(settings, why)
-            elif len(self._known) < _MAX_KEYS:
-                self._known.append((settings, key, None))
+                self.give_up(part, why)
+            elif len(self._calls) < _MAX_KINDS:
+                part.calls.append(_Call(kind))
             return result
-        recording = self._known[position][2]
-        if recording is not None:
-            return recording.replay(arguments)
+        if known.recording is not None:
+            return known.recording.replay(arguments)
         if self.n_recordings >= MAX_RECORDINGS:
             return function(arguments)
         start, result = randomness.capture(self._device), function(arguments)
@@ -208,9 +230,9 @@ class Recorder:
         with randomness.restored(start, self._device):
             replayed = recording.replay(arguments)
         if _is_near(replayed.tensors, result.tensors):
-            self._known[position] = settings, key, recording
+            known.recording = recording
         else:
-            self.give_up(settings, "a replay comes to other numbers, so that something in it changes from step to step")
+            self.give_up(part, "a replay comes to other numbers, so that something in it changes from step to step")
         return result
 
     def capture(self) -> RandomState:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -163,8 +164,7 @@ def _roll_out(works: Sequence[Horizon], lanes: Sequence[_Lane]) -> list[RollOut]
 def _train(works: Sequence[Training], lanes: Sequence[_Lane], n: int) -> list[Trained | Training]:
     products = _stacked_products(works[0].products, lanes)
     alpha, state = trees.stack([work.alpha for work in works]), _stack([work.state for work in works])
-    for _ in range(n):
-        state = products.step(state, alpha, next(products.train_stream)).after
+    state = products.train(state, alpha, islice(products.train_stream, n))
     _charge(lanes, products.cost)
     states = _unstack(state, [work.state.n_steps + n for work in works])
     return [

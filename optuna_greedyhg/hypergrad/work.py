@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -95,13 +96,13 @@ class Training:
 
     def perform(self) -> Trained:
         """The steps, one after the other."""
-        problem, state = self.products.problem, self.state
+        products, problem = self.products, self.products.problem
+        batches = islice(self.batches, self.n_steps)
         with problem.restored(self.random_state):
-            if problem.recorder is not None:
-                state = recorded.train(problem.recorder, self.products, state, self.alpha, self.batches, self.n_steps)
+            if problem.recorder is None:
+                state = products.train(self.state, self.alpha, batches)
             else:
-                for _ in range(self.n_steps):
-                    state = self.products.step(state, self.alpha, next(self.batches)).after
+                state = recorded.train(problem.recorder, products, self.state, self.alpha, batches)
             return Trained(state, problem.random_state())
 
 

@@ -447,8 +447,8 @@ def _maximizes(trial: BaseTrial, metric: str) -> bool:
     if not maximizes and isinstance(trial, Trial) and _USUALLY_MAXIMIZED.intersection(metric.lower().split("_")):
         warn_once(
             trial,
-            f"the study {study.study_name!r} minimizes {metric!r}, of which more is better as a rule. If so, create the "
-            "study with direction='maximize'.",
+            f"the study {study.study_name!r} minimizes {metric!r}, of which more is better as a rule; if it is here, "
+            "create the study with direction='maximize'.",
         )
     return maximizes
 

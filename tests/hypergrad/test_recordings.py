@@ -24,11 +24,11 @@ from optuna_greedyhg.hypergrad.evaluation import Online
 from optuna_greedyhg.hypergrad.problem import BilevelProblem
 from optuna_greedyhg.hypergrad.recordings import MAX_RECORDINGS, Recorder, Result, Settings, cuda_recorder
 from optuna_greedyhg.hypergrad.update_rules import SGD, Adam
+from tests.hypergrad.descents import UNRECORDABLE, assert_same
 from tests.hypergrad.tape import Tape
 from tests.problems import CPU, SPECIMENS, UPDATE_RULES, Case, classification, cliff
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*sees no effect of the hyperparameters")
-UNRECORDABLE = {"distill", "spectral", "ift-cg"}  # which look at numbers, or carry some
 RECORDABLE = sorted(ESTIMATORS.keys() - UNRECORDABLE - {"forward"})  # whose tangents of zero a tape cannot write to
 
 
@@ -51,21 +51,6 @@ def walk(case, estimator, problem=None, **settings):
     settings = {**SETTINGS, **settings}
     problem = problem or case.specimen.problem()
     return list(descend(problem, case.hyperparameters, update_rule=case.rule, estimator=estimator, seed=5, **settings))
-
-
-def assert_same(steps, others, *, rtol=1e-9):
-    assert len(steps) == len(others)
-    for step, other in zip(steps, others, strict=True):
-        assert step.cost == other.cost
-        assert step.product_mode == other.product_mode
-        assert step.val_loss == pytest.approx(other.val_loss, rel=rtol, nan_ok=True)
-        assert step.best.scores == pytest.approx(other.best.scores, rel=rtol)
-        for name, x in step.values.items():
-            torch.testing.assert_close(x, other.values[name], rtol=rtol, atol=1e-12)
-    states = [walked[-1].best.state for walked in (steps, others)]
-    assert states[0].n_steps == states[1].n_steps
-    for x, y in zip(*(state.tensors for state in states), strict=True):
-        torch.testing.assert_close(x, y, rtol=rtol, atol=1e-12)
 
 
 @pytest.mark.parametrize("specimen", ["full-batch", "minibatches", "batchnorm"])
@@ -344,10 +329,10 @@ def test_random_numbers_that_a_step_needs_again_are_noticed(monkeypatch):
         with recorder.restored(state):
             return Result((total - parts.module(arguments[0]).sum().detach(),), Cost(), None)
 
-    inputs, settings = [parts.train_batches[0][0]], Settings(None, None, None, {}, None)
+    inputs, part = [parts.train_batches[0][0]], recorder.part(Settings(None, None, None, {}, None))
     with pytest.warns(UserWarning, match="made again from the same"):
-        assert float(recorder.call(settings, function, inputs).tensors[0]) == 0
-    assert recorder.has_given_up(settings)
+        assert float(recorder.call(part, function, inputs).tensors[0]) == 0
+    assert part.given_up
 
 
 def test_what_fails_when_it_is_recorded_is_an_error():
