@@ -100,7 +100,7 @@ class Data:
     """Random images, labels and indices."""
 
     def __init__(self, n: int) -> None:
-        self.images = torch.randn(n, 1, 28, 28).contiguous(memory_format=torch.channels_last)
+        self.images = torch.randn(n, 1, 28, 28).to(memory_format=torch.channels_last)
         self.labels = torch.randint(10, (n,))
 
 

@@ -67,7 +67,7 @@ class Setting:
         prototypes = torch.randn(10, 1, 28, 28, generator=torch.Generator().manual_seed(0))
         labels = torch.randint(10, (self.n_examples,), generator=generator)
         images = prototypes[labels] + 3 * torch.randn(self.n_examples, 1, 28, 28, generator=generator)
-        return Batch(images.contiguous(memory_format=torch.channels_last), labels)
+        return Batch(images.to(memory_format=torch.channels_last), labels)
 
 
 def train_loss(net: Callable[[Tensor], Tensor], logits: Tensor, batch: Batch) -> Tensor:

@@ -113,17 +113,22 @@ def make_conv_net() -> nn.Sequential:
 
 
 def read_files(folder: Path | None, task: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images and labels of the training file, and of the test file.
+    """Images and labels of the training file, and of the test file, in the layout that the network likes.
 
     Raises:
         DataError: If there is no folder, or its files cannot be read.
     """
     if folder is None:
         raise DataError(f"{task} needs a data folder with Fashion-MNIST's four idx files.")
-    return read_images_and_labels(folder, "train"), read_images_and_labels(folder, "t10k")
+
+    def read(kind: str) -> tuple[Tensor, Tensor]:
+        images, labels = read_images_and_labels(folder, kind)
+        # By to(): contiguous() leaves images of one channel as they are, and then all layers get the slow layout.
+        return images.to(memory_format=torch.channels_last), labels
+
+    return read("train"), read("t10k")
 
 
 def batched(images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Batches in their order, in the layout that the network likes."""
-    images = images.contiguous(memory_format=torch.channels_last)
+    """Batches in their order."""
     return list(zip(torch.split(images, size), torch.split(labels, size), strict=True))

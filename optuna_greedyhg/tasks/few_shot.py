@@ -90,4 +90,4 @@ def _convolution(n_in: int, n_out: int) -> tuple[nn.Module, nn.Module]:
 def _batch(images: Tensor) -> tuple[Tensor, Tensor]:
     """(classes, images of each, ...) as images and labels."""
     labels = torch.arange(len(images), device=images.device).repeat_interleave(images.shape[1])
-    return images.flatten(0, 1).contiguous(memory_format=torch.channels_last), labels
+    return images.flatten(0, 1).to(memory_format=torch.channels_last), labels

@@ -85,6 +85,16 @@ def test_the_network_is_the_papers() -> None:
     assert sum(p.numel() for p in net.parameters()) == convolutions + 72 * 10 + 10
 
 
+@pytest.mark.parametrize("name", ["fashion-cleaning", "fashion-weights"])
+def test_every_batch_gives_convolutions_their_fast_layout(name: str, tmp_path: Path) -> None:
+    write_folder(tmp_path, 11_010, 30)
+    trial = optuna.trial.FixedTrial({"lr": 0.1})
+    problem, _ = make_task(name, folder=tmp_path).define(trial, ghg.Alpha(trial))
+    for stream in (problem.train_stream(), problem.val_stream()):
+        convolved = make_conv_net()[0](next(stream)[0])
+        assert convolved.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_is_refined_online_end_to_end(tmp_path: Path) -> None:
     write_folder(tmp_path, 1100, 30)
     settings = Settings(horizon=2, n_outer_steps=2, outer_lr=0.1, evaluate=ghg.Online(), evaluate_every=1)
