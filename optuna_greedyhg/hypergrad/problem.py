@@ -124,6 +124,8 @@ class Model(_View):
                 f"A loss must take no {name!r} of the model, which is a view of the module with other weights: there "
                 "are its forward pass, its own methods and parts, parameters() and named_parameters()."
             )
+        if _is_module(self._module, path):  # as most are, and weights need not be put in to see it
+            return _Part(self, path)
         found = self._computed(_Getter(self._module), "module.", (path, None), {})
         return _Part(self, path) if callable(found) or isinstance(found, nn.Module) else found
 
@@ -173,6 +175,14 @@ class _Part(_View):
     @property
     def _container(self) -> Any:
         return attrgetter(self._path)(self._model._module)
+
+
+def _is_module(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _name_of(key: int | str, container: Any) -> str:
