@@ -458,21 +458,19 @@ class _Outer:
         self._optimizer = make_optimizer(list(self._leaves.values()))
         if isinstance(self._optimizer, torch.optim.LBFGS):
             raise ValueError("The outer optimizer must step without a closure, which LBFGS does not; use Adam or SGD.")
-        self.initial_state = self._state = _copied(self._optimizer.state_dict())
+        self.initial_state = _copied(self._optimizer.state_dict())
 
     def step(self, point: _Point, scale: float) -> tuple[Tensors, dict[str, Any]]:
         """α after one step from ``point``, its length times ``scale``; and the optimizer's state after it."""
-        if point.optimizer_state is not self._state:  # a step is taken back, or another process was here before
-            self._optimizer.load_state_dict(_copied(point.optimizer_state))  # it keeps and mutates what it loads
+        # Also after a step from there, as some optimizers' states are cast when they are loaded: as if gone on with.
+        self._optimizer.load_state_dict(_copied(point.optimizer_state))  # it keeps and mutates what it loads
         with torch.no_grad():
             for name, leaf in self._leaves.items():
                 leaf.copy_(point.alpha[name])
                 leaf.grad = point.hypergradient[name].clone()
         self._optimizer.step()
-        self._state = _copied(self._optimizer.state_dict())
-        with torch.no_grad():
-            displacement = trees.sub(self._leaves, point.alpha)
-        return trees.add_scaled(point.alpha, scale, displacement), self._state
+        displacement = trees.sub(trees.clone(self._leaves), point.alpha)
+        return trees.add_scaled(point.alpha, scale, displacement), _copied(self._optimizer.state_dict())
 
 
 def _copied(state: Any) -> Any:

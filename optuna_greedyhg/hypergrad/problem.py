@@ -124,7 +124,7 @@ class Model(_View):
                 f"A loss must take no {name!r} of the model, which is a view of the module with other weights: there "
                 "are its forward pass, its own methods and parts, parameters() and named_parameters()."
             )
-        if _is_module(self._module, path):  # as most are, and weights need not be put in to see it
+        if _is_module(self._module, path):  # then weights need not be put in yet
             return _Part(self, path)
         found = self._computed(_Getter(self._module), "module.", (path, None), {})
         return _Part(self, path) if callable(found) or isinstance(found, nn.Module) else found
@@ -178,10 +178,12 @@ class _Part(_View):
 
 
 def _is_module(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
+    """Whether a module stands there under its own name; no code of the user's runs to see it, as a property's would."""
+    for name in path.split("."):
+        child = None if hasattr(type(module), name) else module._modules.get(name)
+        if child is None:
+            return False
+        module = child
     return True
 
 

@@ -198,7 +198,7 @@ class Products:
         return recipe.cook(state, keep_graph)
 
     def train(self, state: TrainState, alpha: Tensors, batches: Iterable[Batch]) -> TrainState:
-        """The state after a plain training step on each of the batches, none of which will be made again."""
+        """The state after a plain training step on each batch; none of these steps can be made again."""
         for batch in batches:
             state = StepRecipe(self, alpha, batch, random_state=(), remaining=0).cook(state, keep_graph=False).after
         return state

@@ -17,7 +17,7 @@ from torch import Tensor
 from optuna_greedyhg.hypergrad.batches import Batch, Stream, tensors_of
 from optuna_greedyhg.hypergrad.estimators import Folded
 from optuna_greedyhg.hypergrad.products import Products, TrainState
-from optuna_greedyhg.hypergrad.recordings import Function, Part, Recorder, Result, Settings
+from optuna_greedyhg.hypergrad.recordings import Family, Function, Recorder, Result, Settings
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 _STEPS_AT_ONCE = 10  # of plain training
@@ -64,23 +64,25 @@ def roll_out(
         alpha: The coordinates of α.
         n_steps: Number T of training steps.
     """
-    part = recorder.part(Settings(estimator, n_steps, products.update_rule, products.domains, products.mode.current))
-    if part.given_up:
+    family = recorder.family(
+        Settings(estimator, n_steps, products.update_rule, products.domains, products.mode.current)
+    )
+    if family.given_up:
         return end_of(fold(products, state, alpha))
-    if part.order is None:
+    if family.order is None:
         noted = _Noted()
         train, val = noted.passing(products.train_stream, "t"), noted.passing(products.val_stream, "v")
         its = products.drawing_from(Stream(train, "train_batches"), Stream(val, "val_batches"))
         ended = end_of(fold(its, state, alpha))
         products.cost.charge(its.cost)
-        part.order = noted.order
+        family.order = noted.order
         why = noted.why_not_ahead()
         if ended.carried is not None:
             why = f"{estimator} takes along what it knows from one horizon to the next"
         elif n_steps > _MAX_HORIZON:
             why = f"a horizon of {n_steps} steps is longer than the {_MAX_HORIZON} that are recorded"
         if why is not None:
-            recorder.give_up(part, why)
+            recorder.give_up(family, why)
         return ended
 
     def function(arguments: Any) -> Result:
@@ -93,10 +95,10 @@ def roll_out(
 
     streams = {"t": products.train_stream, "v": products.val_stream}
     drawn: dict[str, list[Batch]] = {"t": [], "v": []}
-    for kind in part.order:
+    for kind in family.order:
         drawn[kind].append(next(streams[kind]))
     arguments = _parts(_counted_by_tensor(state)), alpha, drawn["t"], drawn["v"]
-    *after, hypergradient, (val_loss,) = _called(recorder, part, function, arguments, products)
+    *after, hypergradient, (val_loss,) = _called(recorder, family, function, arguments, products)
     return Ended(replace(TrainState(*after), n_steps=state.n_steps + n_steps), hypergradient, val_loss, None)
 
 
@@ -104,33 +106,35 @@ def train(
     recorder: Recorder, products: Products, state: TrainState, alpha: Tensors, batches: Iterator[Batch]
 ) -> TrainState:
     """The state after a step of plain training on each batch, by recordings of several steps if it can be."""
-    part = recorder.part(Settings(None, None, products.update_rule, products.domains, None))
+    family = recorder.family(Settings(None, None, products.update_rule, products.domains, None))
 
     def function(arguments: Any) -> Result:
         state, alpha, taken = arguments
         its = products.drawing_from(products.train_stream, products.val_stream)
         return Result(_parts(its.train(TrainState(*state), alpha, taken)), its.cost, None)
 
-    while not part.given_up:
-        if part.order is None:
+    while not family.given_up:
+        if family.order is None:
             noted = _Noted()
             state = products.train(state, alpha, noted.passing(islice(batches, _STEPS_AT_ONCE), "t"))
-            part.order = noted.order
+            family.order = noted.order
             why = noted.why_not_ahead()
             if why is not None:
-                recorder.give_up(part, why)
+                recorder.give_up(family, why)
         elif taken := list(islice(batches, _STEPS_AT_ONCE)):
             arguments = _parts(_counted_by_tensor(state)), alpha, taken
-            after = _called(recorder, part, function, arguments, products)
+            after = _called(recorder, family, function, arguments, products)
             state = replace(TrainState(*after), n_steps=state.n_steps + len(taken))
         else:
             return state
     return products.train(state, alpha, batches)
 
 
-def _called(recorder: Recorder, part: Part, function: Function, arguments: Any, products: Products) -> tuple[Any, ...]:
+def _called(
+    recorder: Recorder, family: Family, function: Function, arguments: Any, products: Products
+) -> tuple[Any, ...]:
     """What the function comes to, when its cost and its mode are taken down."""
-    result = recorder.call(part, function, arguments)
+    result = recorder.call(family, function, arguments)
     products.cost.charge(result.cost)
     products.mode.proven = result.mode or products.mode.proven
     return result.tensors

@@ -7,9 +7,9 @@ of tensors, such as a whole horizon of training steps and products, is *recorded
     its second call   is recorded, and replayed; the replay must come to what the call has come to
     from then on      its arguments are copied to where the recorded ones were, and its operations replayed
 
-What is no tensor, the logic of an estimator for example, has run when it was recorded, and does not run again. So
-there is one recording for all that decides about the operations: settings and the shapes of all arguments. Random
-numbers of the GPU's own generator are drawn anew in every replay.
+What is no tensor, the logic of an estimator for example, has run when it was recorded, and does not run again. So what
+decides about the operations, settings and the shapes of all arguments, must be the same for a recording to be replayed.
+Random numbers of the GPU's own generator are drawn anew in every replay.
 
 Only the main thread records: while it does, no other may use the GPU.
 
@@ -137,8 +137,8 @@ def cuda_recorder(device: torch.device) -> Recorder:
 
 
 @dataclass(eq=False)
-class Part:
-    """A part of training, as a recorder knows it: the functions of some settings.
+class Family:
+    """The functions of the same settings, and what a recorder knows of them.
 
     Attributes:
         settings: What decides about their operations, beside the shapes of their arguments.
@@ -172,7 +172,7 @@ class Recorder:
     def __init__(self, make_graph: Callable[[], Graph], device: torch.device) -> None:
         self._make_graph = make_graph
         self._device = device
-        self._parts: list[Part] = []
+        self._families: list[Family] = []
         self._is_recording = False
         self._goes_back = False  # whether a step has been made again since this was last unset
 
@@ -186,26 +186,26 @@ class Recorder:
 
     @property
     def _calls(self) -> list[_Call]:
-        return [call for part in self._parts for call in part.calls]
+        return [call for family in self._families for call in family.calls]
 
-    def part(self, settings: Settings) -> Part:
-        """What is known of the functions of these settings."""
-        found = next((part for part in self._parts if part.settings.is_same(settings)), None)
+    def family(self, settings: Settings) -> Family:
+        """That of these settings."""
+        found = next((family for family in self._families if family.settings.is_same(settings)), None)
         if found is None:
-            found = Part(settings)
-            self._parts.append(found)
+            found = Family(settings)
+            self._families.append(found)
         return found
 
-    def give_up(self, part: Part, why: str) -> None:
-        """Leaves a part unrecorded from now on, and says why."""
+    def give_up(self, family: Family, why: str) -> None:
+        """Leaves functions of this family unrecorded from now on, and says why."""
         warnings.warn(f"This part of the training goes on without CUDA graphs: {why}.", stacklevel=2)
-        part.given_up = True
+        family.given_up = True
 
-    def call(self, part: Part, function: Function, arguments: Any) -> Result:
+    def call(self, family: Family, function: Function, arguments: Any) -> Result:
         """What the function comes to, replayed if it can be.
 
         Args:
-            part: The part of training that it is of.
+            family: That of the function.
             function: The function.
             arguments: Dictionaries, lists and tuples of tensors, and what else is in batches.
 
@@ -213,13 +213,13 @@ class Recorder:
             RuntimeError: If the function cannot be recorded for a reason that its first call has not shown.
         """
         kind = batches.kind_of(arguments), _pattern(arguments)
-        known = next((call for call in part.calls if call.kind == kind), None)
+        known = next((call for call in family.calls if call.kind == kind), None)
         if known is None:
             result, why = self._watched(function, arguments)
             if why is not None:
-                self.give_up(part, why)
+                self.give_up(family, why)
             elif len(self._calls) < _MAX_KINDS:
-                part.calls.append(_Call(kind))
+                family.calls.append(_Call(kind))
             return result
         if known.recording is not None:
             return known.recording.replay(arguments)
@@ -232,7 +232,7 @@ class Recorder:
         if _is_near(replayed.tensors, result.tensors):
             known.recording = recording
         else:
-            self.give_up(part, "a replay comes to other numbers, so that something in it changes from step to step")
+            self.give_up(family, "a replay comes to other numbers, so that something in it changes from step to step")
         return result
 
     def capture(self) -> RandomState:

@@ -163,8 +163,9 @@ def _roll_out(works: Sequence[Horizon], lanes: Sequence[_Lane]) -> list[RollOut]
 
 def _train(works: Sequence[Training], lanes: Sequence[_Lane], n: int) -> list[Trained | Training]:
     products = _stacked_products(works[0].products, lanes)
-    alpha, state = trees.stack([work.alpha for work in works]), _stack([work.state for work in works])
-    state = products.train(state, alpha, islice(products.train_stream, n))
+    alpha = trees.stack([work.alpha for work in works])
+    # The stacked state has no name here, which would keep it to the end.
+    state = products.train(_stack([work.state for work in works]), alpha, islice(products.train_stream, n))
     _charge(lanes, products.cost)
     states = _unstack(state, [work.state.n_steps + n for work in works])
     return [

@@ -156,7 +156,7 @@ class Trajectory:
         val_loss: float,
         hypergradient_norm: float,
     ) -> None:
-        """One more outer step; the tensors of ``alpha`` are not to be changed later."""
+        """One more outer step."""
         numbers = (outer_step, value, val_loss, hypergradient_norm)
         self._rows.append(dict(zip(TRAJECTORY_COLUMNS, numbers, strict=True)))
         self._unread.append({name: _sampled(x) for name, x in alpha.items()})
@@ -168,7 +168,8 @@ class Trajectory:
             return
         rows = self._rows[-len(self._unread) :]
         for name in self._unread[0]:
-            of_steps = torch.stack([alpha[name] for alpha in self._unread])
+            device = self._unread[-1][name].device  # the seed is where it was declared
+            of_steps = torch.stack([alpha[name].to(device) for alpha in self._unread])
             columns: dict[str, Tensor] = {}
             if of_steps.ndim == 1:
                 columns = {name: of_steps}
@@ -343,8 +344,8 @@ def _load(trial: FrozenTrial, artifact_store: ArtifactStore | None) -> dict[str,
 
 
 def _sampled(x: Tensor) -> Tensor:
-    """The number itself, or entries that keep no larger tensor alive."""
-    return x.detach() if x.ndim == 0 else x.detach().flatten()[:: 1 + x.numel() // _SAMPLE].contiguous()
+    """The number, or some of the entries, as they are now."""
+    return (x if x.ndim == 0 else x.flatten()[:: 1 + x.numel() // _SAMPLE]).detach().clone()
 
 
 def _thinned(indices: Sequence[int]) -> Sequence[int]:

@@ -41,7 +41,8 @@ from optuna_greedyhg.trials.policies import Always, Policy, decide
 from optuna_greedyhg.trials.records import ArtifactStore
 from optuna_greedyhg.trials.signatures import signature_of
 
-_USUALLY_MAXIMIZED = frozenset({"accuracy", "acc", "auc", "auroc", "f1", "precision", "recall", "r2"})
+_SCORES = {"accuracy", "acc", "auc", "auroc", "f1", "precision", "recall", "r2"}
+_TURNED_ROUND = {"neg", "negative", "negated", "minus", "inverse", "inv"}
 
 _logger = logging.getLogger("optuna.greedyhg")
 
@@ -444,13 +445,18 @@ def _maximizes(trial: BaseTrial, metric: str) -> bool:
             "create the study with direction='minimize', or name what to maximize: give BilevelProblem a metric, "
             "metrics={'accuracy': ...}, and refine() metric='accuracy'."
         )
-    if not maximizes and isinstance(trial, Trial) and _USUALLY_MAXIMIZED.intersection(metric.lower().split("_")):
+    if not maximizes and isinstance(trial, Trial) and _is_usually_maximized(metric):
         warn_once(
             trial,
-            f"the study {study.study_name!r} minimizes {metric!r}, of which more is better as a rule; if it is here, "
+            f"the study {study.study_name!r} minimizes {metric!r}, of which more is better as a rule; if here, too, "
             "create the study with direction='maximize'.",
         )
     return maximizes
+
+
+def _is_usually_maximized(metric: str) -> bool:
+    words = metric.lower().split("_")
+    return words[-1] in _SCORES and not _TURNED_ROUND.intersection(words)
 
 
 def _reason_to_stop(trial: BaseTrial, step: OuterStep, until: int, deadline: float) -> str:

@@ -204,6 +204,23 @@ class TestViewOfTheModule:
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b)
 
+    def test_a_property_runs_once_and_with_the_present_weights(self):
+        seen = []
+
+        class Seen(Autoencoder):
+            @property
+            def length(self):
+                seen.append(float(self.decoder.weight.detach().norm()))
+                return super().length
+
+        x = torch.ones(4, 3)
+        problem = BilevelProblem(
+            model=Seen(), train_loss=lambda m, a, b: m.length, val_loss=VIEWS["part"], train_batches=x, val_batches=x
+        )
+        parameters = {name: 2 * p for name, p in problem.initial_parameters.items()}
+        problem.train(parameters, problem.initial_buffers, {}, x)
+        assert seen == pytest.approx([float(parameters["decoder.weight"].norm())])
+
     @pytest.mark.parametrize(
         ("view", "error", "message"),
         [

@@ -329,10 +329,10 @@ def test_random_numbers_that_a_step_needs_again_are_noticed(monkeypatch):
         with recorder.restored(state):
             return Result((total - parts.module(arguments[0]).sum().detach(),), Cost(), None)
 
-    inputs, part = [parts.train_batches[0][0]], recorder.part(Settings(None, None, None, {}, None))
+    inputs, family = [parts.train_batches[0][0]], recorder.family(Settings(None, None, None, {}, None))
     with pytest.warns(UserWarning, match="made again from the same"):
-        assert float(recorder.call(part, function, inputs).tensors[0]) == 0
-    assert part.given_up
+        assert float(recorder.call(family, function, inputs).tensors[0]) == 0
+    assert family.given_up
 
 
 def test_what_fails_when_it_is_recorded_is_an_error():

@@ -10,6 +10,7 @@ import torch
 from optuna.trial import TrialState
 
 import optuna_greedyhg as ghg
+from optuna_greedyhg.trials.records import read_trajectory
 from tests.trials import problems
 from tests.trials.problems import diverging_loss, retrained
 
@@ -127,6 +128,13 @@ def test_a_study_that_minimizes_an_accuracy_is_warned_of_it_once(caplog: pytest.
     assert "'to_minimize' minimizes 'top_1_accuracy'" in said
 
 
+@pytest.mark.parametrize("metric", ["neg_accuracy", "one_minus_auc", "accuracy_gap", "loss", "score"])
+def test_a_study_may_minimize_what_is_to_be_minimized(metric: str, caplog: pytest.LogCaptureFixture) -> None:
+    problem = problems.make_problem(metrics={metric: lambda model, alpha, batch: 0.5} if metric != "loss" else {})
+    study().optimize(lambda trial: problems.refine(trial, problem=problem, metric=metric), n_trials=1)
+    assert "more is better" not in caplog.text
+
+
 def test_several_objectives_are_refused_at_the_door() -> None:
     with pytest.raises(ValueError, match="single objective, but 'pair' has 2"):
         study(directions=["minimize", "minimize"], study_name="pair").optimize(problems.refine, n_trials=1)
@@ -233,3 +241,15 @@ def test_the_hyperparameters_of_another_trial_are_refused() -> None:
     alpha = problems.declare(made.ask())
     with pytest.raises(ValueError, match="hyperparameters of trial 0 cannot be refined in trial 1"):
         problems.refine(made.ask(), alpha)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n_outer_steps", [2, 24])
+def test_what_is_declared_on_the_cpu_is_refined_on_a_gpu(n_outer_steps: int) -> None:
+    made = study()
+    problem = problems.make_problem(device="cuda")
+    made.optimize(lambda trial: problems.refine(trial, problem=problem, n_outer_steps=n_outer_steps), n_trials=1)
+    (trial,) = made.trials
+    assert trial.value == pytest.approx(trial.user_attrs["val_loss"])
+    assert len(read_trajectory(trial)["c.q50"]) == n_outer_steps + 1
