@@ -43,7 +43,7 @@ CAPTION = "Points are measured, lines are fitted: a + b·x, or flat. Both axes a
 
 def updated(page: str) -> str:
     """The page with the tables of all results that there are written anew."""
-    for name, written in {"peers": peers, "growth": growth, "gpu": gpu}.items():
+    for name, written in {"peers": peers, "step_cost": step_cost, "growth": growth, "gpu": gpu}.items():
         if (RESULTS / f"{name}.json").exists():
             page = tables.updated(page, name, written(_read(name)))
     return page
@@ -57,6 +57,11 @@ def peers(result: Result) -> str:
     parts = [f"**{tables.setting(row['cell'])}**\n\n{tables.peers(row['result']['methods'])}" for row in rows]
     named = ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
     return "\n\n".join([*parts, f"{named}; {machine}."])
+
+
+def step_cost(result: Result) -> str:
+    """The ratios beside their floors, and what they were made with."""
+    return f"{tables.steps(result)}\n\n{_machine(result)}:\n\n    {result['command']}"
 
 
 def growth(result: Result) -> str:

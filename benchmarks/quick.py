@@ -1,8 +1,8 @@
 """The numbers on speed and memory that must not get worse, in less than five minutes on two cores.
 
-    python benchmarks/quick.py        (or: make bench-quick)
+    make bench-quick
 
-The last line is one JSON object:
+It has glibc keep freed memory (docs/performance.md, "On a CPU"). The last line is one JSON object:
 
     step_ratio_conv, step_ratio_mlp   a greedy outer step / T training and T validation gradients (``step_cost``)
     spectral_over_decay               an outer step with spectral propagation, its refresh included / one with decay

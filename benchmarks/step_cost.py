@@ -4,7 +4,9 @@ Example weights, full batches of 1000 images of 28×28, SGD with momentum 0.9: t
 MLP 784-256-256-10. The measure is plain PyTorch: T training steps by ``torch.optim.SGD``, and T gradients of the
 validation loss. Times are taken in turns within one run; shown is the median of the ratios.
 
+    export MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=300000000
     python benchmarks/step_cost.py --out benchmarks/results/step_cost.json
+    python benchmarks/performance_page.py    # writes its table into docs/performance.md
 
 With F for one forward pass, the floor of the running variant is (3F + 3F + 2F) / (3F + 3F) = 1.33, with a tenth of the
 validation examples (3F + 0.3F + 2F) / 3F = 1.77 times plain training, and that of the terminal variant for T = 10 steps

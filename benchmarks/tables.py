@@ -39,6 +39,12 @@ def growth(rows: Sequence[Row]) -> str:
     return of_columns(_GROWTH, rows)
 
 
+def steps(result: Row) -> str:
+    """The ratios of ``step_cost.py``, one line each."""
+    lines = ([ratio, floor, *(f"{result[model][ratio]:.2f}" for model in ("conv", "mlp"))] for ratio, floor in _FLOORS)
+    return table(["time of an outer step", "floor", "conv", "mlp"], lines)
+
+
 def gpu(rows: Sequence[Row]) -> str:
     """The problems of ``gpu.py``."""
     return of_columns(_GPU, rows)
@@ -81,6 +87,14 @@ def _milliseconds(name: str) -> Callable[[Row], str]:
     return lambda row: format(row["milliseconds_of_a_step"][name], ".2f")
 
 
+_FLOORS = (
+    ("greedy / both gradients", "1.33"),
+    ("greedy with a tenth of validation / training", "1.77"),
+    ("terminal / training", "2.67"),
+    ("stride of 5 / both gradients", "0.67"),
+    ("forward mode / both gradients", ""),
+    ("spectral / greedy", ""),
+)
 _GPU: Columns = {
     "ms a step": lambda row: row["problem"],
     "training gradient": _milliseconds("training"),
