@@ -13,7 +13,6 @@ import torch
 
 import optuna_greedyhg
 
-
 ALLOCATOR = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 """What has glibc keep freed memory; see docs/performance.md, "On a CPU"."""
 
