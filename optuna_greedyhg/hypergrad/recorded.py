@@ -82,7 +82,7 @@ def roll_out(
         elif n_steps > _MAX_HORIZON:
             why = f"a horizon of {n_steps} steps is longer than the {_MAX_HORIZON} that are recorded"
         if why is not None:
-            recorder.give_up(family, why)
+            family.give_up(why)
         return ended
 
     def function(arguments: Any) -> Result:
@@ -120,7 +120,7 @@ def train(
             family.order = noted.order
             why = noted.why_not_ahead()
             if why is not None:
-                recorder.give_up(family, why)
+                family.give_up(why)
         elif taken := list(islice(batches, _STEPS_AT_ONCE)):
             arguments = _parts(_counted_by_tensor(state)), alpha, taken
             after = _called(recorder, family, function, arguments, products)

@@ -152,6 +152,11 @@ class Family:
     given_up: bool = False
     calls: list[_Call] = field(default_factory=list)
 
+    def give_up(self, why: str) -> None:
+        """Leaves them unrecorded from now on, and says why."""
+        warnings.warn(f"This part of the training goes on without CUDA graphs: {why}.", stacklevel=2)
+        self.given_up = True
+
 
 @dataclass(eq=False)
 class _Call:
@@ -196,11 +201,6 @@ class Recorder:
             self._families.append(found)
         return found
 
-    def give_up(self, family: Family, why: str) -> None:
-        """Leaves functions of this family unrecorded from now on, and says why."""
-        warnings.warn(f"This part of the training goes on without CUDA graphs: {why}.", stacklevel=2)
-        family.given_up = True
-
     def call(self, family: Family, function: Function, arguments: Any) -> Result:
         """What the function comes to, replayed if it can be.
 
@@ -217,7 +217,7 @@ class Recorder:
         if known is None:
             result, why = self._watched(function, arguments)
             if why is not None:
-                self.give_up(family, why)
+                family.give_up(why)
             elif len(self._calls) < _MAX_KINDS:
                 family.calls.append(_Call(kind))
             return result
@@ -232,7 +232,7 @@ class Recorder:
         if _is_near(replayed.tensors, result.tensors):
             known.recording = recording
         else:
-            self.give_up(family, "a replay comes to other numbers, so that something in it changes from step to step")
+            family.give_up("a replay comes to other numbers, so that something in it changes from step to step")
         return result
 
     def capture(self) -> RandomState:
