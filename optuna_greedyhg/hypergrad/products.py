@@ -41,7 +41,7 @@ from optuna_greedyhg.hypergrad.product_modes import (
     require_whole,
 )
 from optuna_greedyhg.hypergrad.randomness import RandomState
-from optuna_greedyhg.hypergrad.second_derivatives import Demand, LeanConvolutions, convolutions_among
+from optuna_greedyhg.hypergrad.second_derivatives import Demand, LeanOperators, lean_among
 from optuna_greedyhg.hypergrad.trees import Tensors
 from optuna_greedyhg.hypergrad.update_rules import (
     Made,
@@ -115,7 +115,7 @@ class Products:
         self.val_stream: Stream = problem.val_stream()
         self.cost = Cost()
         self.mode = ModeInUse(problem.product_mode)
-        self.convolves = True  # until the loss has shown that it does not: to look for convolutions takes time
+        self.has_lean = True  # until the loss has shown that it has not: to look for lean operators takes time
         self._domains = dict(domains)
 
     @property
@@ -301,13 +301,13 @@ class StepRecipe:
 
     def _gradient(self, state: TrainState, *, create_graph: bool) -> _Gradient:
         demand = Demand()
-        lean = create_graph and not self.products.problem.vectorized and self.products.convolves
-        convolutions = LeanConvolutions(demand) if lean else None
+        lean = create_graph and not self.products.problem.vectorized and self.products.has_lean
+        operators = LeanOperators(demand) if lean else None
         w, z = trees.leaves(state.parameters), trees.leaves(self.alpha)
         values = self.products.values(z)
         versions = {name: x._version for name, x in w.items()}  # autograd's count of writes, described in its notes
         with torch.enable_grad(), _plain_attention() if create_graph else nullcontext():
-            with convolutions or nullcontext():
+            with operators or nullcontext():
                 loss, buffers = self.products.problem.train(w, state.buffers, values, self.batch)
             _require_gradient(loss, "train_loss")
             # Of a constant, the derivative would leave out what a function that is differentiable once makes of it.
@@ -315,8 +315,8 @@ class StepRecipe:
             (gradient,) = _grad([loss], [w], [one], create_graph=create_graph)
         _require_unwritten(w, versions)
         _require_dense(gradient)
-        if convolutions is not None:
-            self.products.convolves = convolutions.found
+        if operators is not None:
+            self.products.has_lean = operators.found
         self.products.cost.n_train_gradients += self.products.problem.n_examples(self.batch)
         detached = {name: g.detach() for name, g in gradient.items()}
         reads = tuple(name for name in z if name in values.used)
@@ -518,7 +518,7 @@ class InnerStep:
 
     def _through_graph(self, u: Tensors, to_state: bool, reads: tuple[str, ...]) -> Along:
         graph = self._take_graph()
-        graph.demand.inputs = to_state or graph.through_convolutions
+        graph.demand.inputs = to_state or graph.through_lean
         w = graph.w if to_state else {}
         z = {name: graph.z[name] for name in reads}
         if graph.calls_python:
@@ -548,8 +548,8 @@ class _Graph(NamedTuple):
     w: Tensors
     z: Tensors
     demand: Demand
-    through_convolutions: bool
-    """Whether a convolution's input or weights depend on α."""
+    through_lean: bool
+    """Whether the input or weights of an operator that computes what is wanted depend on α."""
     calls_python: bool
     """Whether there is a ``torch.autograd.Function`` of the user's, which may be differentiable once."""
 
@@ -558,9 +558,9 @@ def _graph(loss: Tensor, gradient: Tensors, w: Tensors, z: Tensors, demand: Dema
     # The gradient of a weight that the loss does not read has no graph, and a derivative of zero.
     edges = {name: get_gradient_edge(g) for name, g in gradient.items() if g.requires_grad}
     nodes = graphs.behind([loss.grad_fn])
-    convolutions = convolutions_among(nodes)
-    behind_them = graphs.behind(before for node in convolutions for before, _ in node.next_functions)
-    calls_python = any(map(graphs.is_of_python, nodes - convolutions))
+    lean = lean_among(nodes)
+    behind_them = graphs.behind(before for node in lean for before, _ in node.next_functions)
+    calls_python = any(map(graphs.is_of_python, nodes - lean))
     return _Graph(edges, w, z, demand, graphs.reach(behind_them, z.values()), calls_python)
 
 

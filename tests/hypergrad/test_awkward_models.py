@@ -39,6 +39,12 @@ def conv_net() -> nn.Sequential:
     )
 
 
+def normalized_net(kind: str) -> nn.Sequential:
+    """With statistics of the batch alone: running ones are constants of all derivatives."""
+    norm = nn.BatchNorm1d(5, track_running_stats=False) if kind == "batch" else nn.LayerNorm(5)
+    return nn.Sequential(nn.Linear(4, 5), norm, nn.Tanh(), nn.Linear(5, N_CLASSES))
+
+
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -156,6 +162,37 @@ class TestConvolutions:
             return loss + (alpha["weights"].reshape(-1, *[1] * (slope.ndim - 1)) * slope.square()).mean()
 
         problem, alpha = make_problem(conv_net(), (2, 6, 6), train_loss, product_mode=ProductMode.REVERSE)
+        expected = by_differences(problem, alpha, horizon=2)
+        assert_agree(estimate(problem, alpha, Reverse(), horizon=2), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+class TestNormalizations:
+    """Whose second derivative is computed otherwise, and left out in part, and whose third is wrong in PyTorch."""
+
+    @pytest.mark.parametrize("estimator", [Reverse(), Reverse(keep_graphs=True), Forward()], ids=str)
+    @pytest.mark.parametrize("outer", [(), ("0.weight",), ("1.weight",), ("1",), ("3",)], ids=str)
+    def test_alpha_before_within_and_after_them(
+        self, outer: tuple[str, ...], estimator: Estimator[Any], kind: str
+    ) -> None:
+        problem, alpha = make_problem(normalized_net(kind), (4,), outer_parameters=outer)
+        expected = by_differences(problem, alpha, horizon=3)
+        assert_agree(estimate(problem, alpha, estimator, horizon=3), expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("mode", ProductMode, ids=lambda mode: mode.value)
+    def test_every_mode(self, mode: ProductMode, kind: str) -> None:
+        problem, alpha = make_problem(normalized_net(kind), (4,), outer_parameters=["1.weight"], product_mode=mode)
+        expected = by_differences(problem, alpha, horizon=3, rule=Adam(lr=0.01))
+        assert_agree(estimate(problem, alpha, Reverse(), 3, Adam(lr=0.01)), expected, rtol=1e-5)
+
+    def test_of_a_penalty_on_slopes(self, kind: str) -> None:
+        def train_loss(model: Any, alpha: Mapping[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+            x, y = batch[0] * alpha["scale"], batch[1]
+            x = x.clone() if x.requires_grad else x.requires_grad_()
+            (slope,) = torch.autograd.grad(F.cross_entropy(model(x), y), x, create_graph=True)
+            return weighted(model, alpha, batch) + (alpha["weights"].unsqueeze(1) * slope.square()).mean()
+
+        problem, alpha = make_problem(normalized_net(kind), (4,), train_loss, product_mode=ProductMode.REVERSE)
         expected = by_differences(problem, alpha, horizon=2)
         assert_agree(estimate(problem, alpha, Reverse(), horizon=2), expected, rtol=1e-5)
 

@@ -151,16 +151,20 @@ def test_the_pull_back_of_a_rule_is_not_used_for_another_step(rule, graph):
 
 
 @pytest.mark.parametrize(
-    ("middle", "convolves"),
-    [(nn.Tanh(), False), (nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 1, 1), nn.Flatten()), True)],
-    ids=["dense", "convolutional"],
+    ("middle", "has_lean"),
+    [
+        (nn.Tanh(), False),
+        (nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 1, 1), nn.Flatten()), True),
+        (nn.LayerNorm(4), True),
+    ],
+    ids=["dense", "convolutional", "normalized"],
 )
-def test_convolutions_are_not_looked_for_again_where_there_are_none(middle, convolves):
+def test_lean_operators_are_not_looked_for_again_where_there_are_none(middle, has_lean):
     case = Case(classification(middle), SGD(lr="lr"))
     alpha, state, products = case.alpha(), case.state_after(0), case.products()
     v = random_covector(state)
     first, second = (products.step(state, alpha, case.train_batch(0), keep_graph=True).times_b(v) for _ in range(2))
-    assert products.convolves == convolves
+    assert products.has_lean == has_lean
     assert_agree(second, first, rtol=1e-12)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from optuna_greedyhg.hypergrad.second_derivatives import Demand, LeanConvolutions
+from optuna_greedyhg.hypergrad.second_derivatives import Demand, LeanOperators
 
 CONVOLUTIONS = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
 GEOMETRIES = [
@@ -23,9 +24,9 @@ def random(*shape: int, requires_grad: bool = False) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).requires_grad_(requires_grad)
 
 
-def derivatives(convolve: Callable[[Tensor, Tensor, Tensor | None], Tensor], leaves: list[Tensor]) -> list[Tensor]:
+def derivatives(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
     """y, then the first derivatives of a loss that is not linear in y, then their products with constant cotangents."""
-    y = convolve(*leaves) if len(leaves) == 3 else convolve(*leaves, None)
+    y = function(*leaves)
     first = torch.autograd.grad(y.square().sum() + y.sin().sum(), leaves, create_graph=True)
     torch.manual_seed(1)
     second = torch.autograd.grad(first, leaves, [torch.randn_like(g) for g in first])
@@ -41,11 +42,11 @@ def test_all_derivatives_are_those_of_torch(n: int, geometry: dict[str, int], bi
     if bias:
         leaves.append(random(6, requires_grad=True))
 
-    def convolve(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    def convolve(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         return CONVOLUTIONS[n](x, w, b, **geometry)
 
     expected = derivatives(convolve, leaves)
-    with LeanConvolutions(Demand()):
+    with LeanOperators(Demand()):
         result = derivatives(convolve, leaves)
     assert type(result[0].grad_fn).__name__ == "_ConvolutionBackward"
     for a, b in zip(result, expected, strict=True):
@@ -65,7 +66,7 @@ def test_cotangents_that_are_missing(given: tuple[int, ...]) -> None:
         return torch.autograd.grad(chosen, [y_bar, *leaves], [g.detach() for g in chosen], materialize_grads=True)
 
     expected = derivatives()
-    with LeanConvolutions(Demand()):
+    with LeanOperators(Demand()):
         result = derivatives()
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -76,7 +77,7 @@ def test_without_demand_only_the_way_to_the_gradient_is_computed() -> None:
     x, w, y_bar = random(2, 3, 5, 5, requires_grad=True), random(4, 3, 3, 3), random(2, 4, 3, 3, requires_grad=True)
     w.requires_grad_()
     demand = Demand(inputs=False)
-    with LeanConvolutions(demand):
+    with LeanOperators(demand):
         first = torch.autograd.grad(torch.conv2d(x, w), [x, w], y_bar, create_graph=True)
     cotangents = [g.detach() for g in first]
     calls = {}
@@ -99,7 +100,7 @@ def test_without_demand_only_the_way_to_the_gradient_is_computed() -> None:
 )
 def test_it_reaches_into_modules(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    with LeanConvolutions(Demand()) as operators:
+    with LeanOperators(Demand()) as operators:
         assert type(layer(x).grad_fn).__name__ == "_ConvolutionBackward"
     assert operators.found
 
@@ -114,7 +115,7 @@ def test_it_reaches_into_modules(layer: nn.Module, shape: tuple[int, ...]) -> No
 )
 def test_what_it_does_not_know_is_left_to_torch(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    with LeanConvolutions(Demand()) as operators:
+    with LeanOperators(Demand()) as operators:
         y = layer(x)
     assert not operators.found
     assert type(y.grad_fn).__name__ != "_ConvolutionBackward"
@@ -123,7 +124,151 @@ def test_what_it_does_not_know_is_left_to_torch(layer: nn.Module, shape: tuple[i
 
 def test_mixed_precision_is_left_to_torch() -> None:
     layer, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
-    with LeanConvolutions(Demand()), torch.autocast("cpu", dtype=torch.bfloat16):
+    with LeanOperators(Demand()), torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
     assert type(y.grad_fn).__name__ != "_ConvolutionBackward"
+
+
+class Normalization:
+    """A function of x and those of γ and β that it has, by PyTorch, and as it is written.
+
+    PyTorch has no second derivative of a bias without weights, and a wrong third one.
+    """
+
+    def __init__(self, kind: str, affine: tuple[str, ...], shape: tuple[int, ...]) -> None:
+        self.kind, self.affine = kind, affine
+        self.dims = [d for d in range(len(shape)) if d != 1] if kind == "batch" else [*range(-len(shape) + 1, 0)]
+        self.parameters = (shape[1],) if kind == "batch" else shape[1:]
+        torch.manual_seed(0)
+        self.leaves = [random(*shape, requires_grad=True)]
+        self.leaves += [random(*self.parameters, requires_grad=True) for _ in affine]
+
+    def __call__(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        named = dict(zip(self.affine, parameters, strict=True))
+        if self.kind == "batch":
+            return functional.batch_norm(x, None, None, **named, training=True)
+        return functional.layer_norm(x, self.parameters, **named)
+
+    def written(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        shape = [-1, *[1] * (x.ndim - 2)] if self.kind == "batch" else self.parameters
+        named = {name: p.view(shape) for name, p in zip(self.affine, parameters, strict=True)}
+        variance = x.var(self.dims, correction=0, keepdim=True)
+        x_hat = (x - x.mean(self.dims, keepdim=True)) / (variance + 1e-5).sqrt()
+        return named.get("weight", torch.ones(())) * x_hat + named.get("bias", torch.zeros(()))
+
+
+AFFINE = [(), ("weight",), ("bias",), ("weight", "bias")]
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3), (5, 4, 3, 2)], ids=str)
+@pytest.mark.parametrize("affine", AFFINE, ids=str)
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+def test_all_derivatives_of_a_normalization(kind: str, affine: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    case = Normalization(kind, affine, shape)
+    expected = derivatives(case.written, case.leaves)
+    with LeanOperators(Demand()) as operators:
+        result = derivatives(case, case.leaves)
+    assert operators.found
+    for a, b in zip(result, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("given", [(0,), (1,), (2,), (0, 1), (1, 2)])
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+def test_cotangents_that_are_missing_at_a_normalization(kind: str, given: tuple[int, ...]) -> None:
+    case = Normalization(kind, ("weight", "bias"), (5, 4, 3))
+    y_bar = random(5, 4, 3, requires_grad=True)
+
+    def second(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(function(*case.leaves), case.leaves, y_bar, create_graph=True)
+        chosen = [first[i] for i in given]
+        leaves = [y_bar, *case.leaves]
+        return torch.autograd.grad(chosen, leaves, [g.detach() for g in chosen], materialize_grads=True)
+
+    expected = second(case.written)
+    with LeanOperators(Demand()):
+        result = second(case)
+    for a, b in zip(result, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("affine", AFFINE, ids=str)
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+def test_the_third_derivative_of_a_normalization(kind: str, affine: tuple[str, ...]) -> None:
+    case = Normalization(kind, affine, (5, 4, 3))
+
+    def third(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        x, *_ = case.leaves
+        (slope,) = torch.autograd.grad(function(*case.leaves).sin().sum(), x, create_graph=True)
+        first = torch.autograd.grad(slope.square().sum(), [x, *case.leaves[1:]], create_graph=True, allow_unused=True)
+        some = [g for g in first if g is not None and g.requires_grad]
+        return torch.autograd.grad(some, case.leaves, [g.detach() for g in some], materialize_grads=True)
+
+    expected = third(case.written)
+    with LeanOperators(Demand()):
+        result = third(case)
+    for a, b in zip(result, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+def test_without_demand_a_normalization_computes_the_way_to_the_gradient_alone(kind: str) -> None:
+    case = Normalization(kind, ("weight", "bias"), (5, 4, 3))
+    y_bar, demand = random(5, 4, 3, requires_grad=True), Demand(inputs=False)
+    with LeanOperators(demand):
+        first = torch.autograd.grad(case(*case.leaves), case.leaves, y_bar, create_graph=True)
+    results, n_operations = {}, {}
+    for demand.inputs in (False, True):
+        with torch.profiler.profile() as profiler:
+            (results[demand.inputs],) = torch.autograd.grad(
+                first, [y_bar], [g.detach() for g in first], retain_graph=True
+            )
+        n_operations[demand.inputs] = sum(event.count for event in profiler.key_averages())
+    torch.testing.assert_close(results[False], results[True])
+    assert n_operations[False] < n_operations[True]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_are_those_of_torch(momentum: float | None) -> None:
+    layers = [nn.BatchNorm2d(3, momentum=momentum) for _ in range(2)]
+    for x in torch.randn(4, 5, 3, 2, 2):
+        expected = layers[0](x)
+        with LeanOperators(Demand()) as operators:
+            y = layers[1](x)
+        assert operators.found
+        torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(layers[1].state_dict(), layers[0].state_dict())
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+def test_a_normalization_in_bfloat16(kind: str) -> None:
+    case = Normalization(kind, ("weight", "bias"), (50, 4, 3))
+    leaves = [leaf.detach().bfloat16().requires_grad_() for leaf in case.leaves]
+    expected = derivatives(case, leaves)
+    with LeanOperators(Demand()) as operators:
+        result = derivatives(case, leaves)
+    assert operators.found
+    for a, b in zip(result, expected, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a - b).norm() < 0.05 * b.norm()
+
+
+@pytest.mark.parametrize(
+    ("layer", "dtype"),
+    [
+        (nn.BatchNorm1d(3).eval(), torch.float32),
+        (nn.BatchNorm1d(3), torch.bfloat16),
+        (nn.GroupNorm(1, 3), torch.float32),
+    ],
+    ids=["running statistics", "of another type", "group"],
+)
+def test_which_normalizations_are_left_to_torch(layer: nn.Module, dtype: torch.dtype) -> None:
+    with LeanOperators(Demand()) as operators:
+        layer(torch.randn(4, 3, dtype=dtype))
+    assert not operators.found
+
+
+def test_a_batch_of_one_example_is_refused_by_torch() -> None:
+    with LeanOperators(Demand()), pytest.raises(ValueError, match="more than 1 value per channel"):
+        nn.BatchNorm1d(3)(torch.randn(1, 3))
