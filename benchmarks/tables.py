@@ -41,8 +41,9 @@ def growth(rows: Sequence[Row]) -> str:
 
 def steps(result: Row) -> str:
     """The ratios of ``step_cost.py``, one line each."""
-    lines = ([ratio, floor, *(f"{result[model][ratio]:.2f}" for model in ("conv", "mlp"))] for ratio, floor in _FLOORS)
-    return table(["time of an outer step", "floor", "conv", "mlp"], lines)
+    models = [name for name, its in result.items() if isinstance(its, dict) and _FLOORS[0][0] in its]
+    lines = ([ratio, floor, *(f"{result[model][ratio]:.2f}" for model in models)] for ratio, floor in _FLOORS)
+    return table(["time of an outer step", "floor", *models], lines)
 
 
 def gpu(rows: Sequence[Row]) -> str:

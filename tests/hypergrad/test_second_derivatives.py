@@ -138,8 +138,7 @@ class Normalization:
 
     def __init__(self, kind: str, affine: tuple[str, ...], shape: tuple[int, ...]) -> None:
         self.kind, self.affine = kind, affine
-        self.dims = [d for d in range(len(shape)) if d != 1] if kind == "batch" else [*range(-len(shape) + 1, 0)]
-        self.parameters = (shape[1],) if kind == "batch" else shape[1:]
+        self.parameters = shape[1:] if kind == "layer" else (shape[1],)
         torch.manual_seed(0)
         self.leaves = [random(*shape, requires_grad=True)]
         self.leaves += [random(*self.parameters, requires_grad=True) for _ in affine]
@@ -148,22 +147,36 @@ class Normalization:
         named = dict(zip(self.affine, parameters, strict=True))
         if self.kind == "batch":
             return functional.batch_norm(x, None, None, **named, training=True)
-        return functional.layer_norm(x, self.parameters, **named)
+        if self.kind == "layer":
+            return functional.layer_norm(x, self.parameters, **named)
+        return functional.group_norm(x, 2, **named) if self.kind == "group" else functional.instance_norm(x, **named)
 
     def written(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        shape = [-1, *[1] * (x.ndim - 2)] if self.kind == "batch" else self.parameters
+        first = {"batch": [0, *range(2, x.ndim)], "instance": [*range(2, x.ndim)]}
+        grouped = x.unflatten(1, (2, -1)) if self.kind == "group" else x
+        dims = first.get(self.kind, [*range(2 if self.kind == "group" else 1, grouped.ndim)])
+        variance = grouped.var(dims, correction=0, keepdim=True)
+        x_hat = ((grouped - grouped.mean(dims, keepdim=True)) / (variance + 1e-5).sqrt()).view_as(x)
+        shape = self.parameters if self.kind == "layer" else [-1, *[1] * (x.ndim - 2)]
         named = {name: p.view(shape) for name, p in zip(self.affine, parameters, strict=True)}
-        variance = x.var(self.dims, correction=0, keepdim=True)
-        x_hat = (x - x.mean(self.dims, keepdim=True)) / (variance + 1e-5).sqrt()
         return named.get("weight", torch.ones(())) * x_hat + named.get("bias", torch.zeros(()))
 
 
+KINDS = ["batch", "layer", "group", "instance"]
 AFFINE = [(), ("weight",), ("bias",), ("weight", "bias")]
 
 
-@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 3), (5, 4, 3, 2)], ids=str)
 @pytest.mark.parametrize("affine", AFFINE, ids=str)
-@pytest.mark.parametrize("kind", ["batch", "layer"])
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (kind, shape)
+        for kind in KINDS
+        for shape in [(5, 4), (5, 4, 3), (5, 4, 3, 2)]
+        if (kind, shape) != ("instance", (5, 4))
+    ],
+    ids=str,
+)
 def test_all_derivatives_of_a_normalization(kind: str, affine: tuple[str, ...], shape: tuple[int, ...]) -> None:
     case = Normalization(kind, affine, shape)
     expected = derivatives(case.written, case.leaves)
@@ -175,7 +188,7 @@ def test_all_derivatives_of_a_normalization(kind: str, affine: tuple[str, ...], 
 
 
 @pytest.mark.parametrize("given", [(0,), (1,), (2,), (0, 1), (1, 2)])
-@pytest.mark.parametrize("kind", ["batch", "layer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_cotangents_that_are_missing_at_a_normalization(kind: str, given: tuple[int, ...]) -> None:
     case = Normalization(kind, ("weight", "bias"), (5, 4, 3))
     y_bar = random(5, 4, 3, requires_grad=True)
@@ -194,7 +207,7 @@ def test_cotangents_that_are_missing_at_a_normalization(kind: str, given: tuple[
 
 
 @pytest.mark.parametrize("affine", AFFINE, ids=str)
-@pytest.mark.parametrize("kind", ["batch", "layer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_third_derivative_of_a_normalization(kind: str, affine: tuple[str, ...]) -> None:
     case = Normalization(kind, affine, (5, 4, 3))
 
@@ -212,7 +225,7 @@ def test_the_third_derivative_of_a_normalization(kind: str, affine: tuple[str, .
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["batch", "layer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_without_demand_a_normalization_computes_the_way_to_the_gradient_alone(kind: str) -> None:
     case = Normalization(kind, ("weight", "bias"), (5, 4, 3))
     y_bar, demand = random(5, 4, 3, requires_grad=True), Demand(inputs=False)
@@ -241,7 +254,7 @@ def test_running_statistics_are_those_of_torch(momentum: float | None) -> None:
     torch.testing.assert_close(layers[1].state_dict(), layers[0].state_dict())
 
 
-@pytest.mark.parametrize("kind", ["batch", "layer"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_normalization_in_bfloat16(kind: str) -> None:
     case = Normalization(kind, ("weight", "bias"), (50, 4, 3))
     leaves = [leaf.detach().bfloat16().requires_grad_() for leaf in case.leaves]
@@ -259,16 +272,32 @@ def test_a_normalization_in_bfloat16(kind: str) -> None:
     [
         (nn.BatchNorm1d(3).eval(), torch.float32),
         (nn.BatchNorm1d(3), torch.bfloat16),
-        (nn.GroupNorm(1, 3), torch.float32),
+        (nn.InstanceNorm1d(3, track_running_stats=True), torch.float32),
     ],
-    ids=["running statistics", "of another type", "group"],
+    ids=["of running statistics", "of another type", "with running statistics"],
 )
 def test_which_normalizations_are_left_to_torch(layer: nn.Module, dtype: torch.dtype) -> None:
     with LeanOperators(Demand()) as operators:
-        layer(torch.randn(4, 3, dtype=dtype))
+        layer(torch.randn(4, 3, 2, dtype=dtype))
     assert not operators.found
 
 
-def test_a_batch_of_one_example_is_refused_by_torch() -> None:
-    with LeanOperators(Demand()), pytest.raises(ValueError, match="more than 1 value per channel"):
-        nn.BatchNorm1d(3)(torch.randn(1, 3))
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)], ids=str)
+def test_a_normalization_keeps_channels_last(layer: nn.Module) -> None:
+    x = torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
+    with LeanOperators(Demand()):
+        assert layer(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.BatchNorm1d(3), torch.randn(1, 3)),
+        (nn.GroupNorm(3, 3), torch.randn(1, 3)),
+        (nn.InstanceNorm1d(3), torch.randn(2, 3, 1)),
+    ],
+    ids=lambda of: type(of).__name__,
+)
+def test_single_values_are_refused_by_torch(layer: nn.Module, x: Tensor) -> None:
+    with LeanOperators(Demand()), pytest.raises(ValueError, match=r"more than 1 (value per channel|spatial element)"):
+        layer(x)

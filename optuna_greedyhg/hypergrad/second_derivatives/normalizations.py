@@ -1,6 +1,6 @@
-"""Batch and layer normalization whose second derivative takes few operations, and computes what is wanted.
+"""Normalizations whose second derivative takes few operations, and computes what is wanted.
 
-Both are y = γ·x̂ + β with x̂ = r·(x − m(x)) and r = 1/√(m((x − m(x))²) + ε), where m is the mean over the entries that
+All are y = γ·x̂ + β with x̂ = r·(x − m(x)) and r = 1/√(m((x − m(x))²) + ε), where m is the mean over the entries that
 are normalized together. With the projection P v = v − m(v) − x̂·m(x̂·v), the derivative of x̂ is r·P, which is symmetric;
 so the first derivative's results for x, γ and β are r·P(γ·ȳ), Σȳ·x̂ and Σȳ. With X, G and B for the cotangents on them,
 
@@ -85,6 +85,52 @@ def layer_norm(
 
     dims, by_example = [*range(-len(shape), 0)], [*input.shape[: -len(shape)], *[1] * len(shape)]
     return _normalized(input, weight, bias, _Kind(dims, shape, by_example, eps, forward, again, pull_back), demand)
+
+
+def group_norm(
+    demand: Demand,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """``torch.nn.functional.group_norm``, as layer normalization of the groups; ``None`` if it cannot be taken over."""
+    # Of numbers that do not fit, torch.nn.functional says what is wrong.
+    if (
+        input.ndim < 2
+        or input.shape[1] % num_groups
+        or input.numel() == num_groups
+        or not _can_take(input, weight, bias)
+    ):
+        return None
+    groups = input.reshape(len(input), num_groups, -1)
+    y = layer_norm(demand, groups, groups.shape[2:], eps=eps)
+    assert y is not None
+    y = y.reshape(input.shape)
+    if input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last):
+        y = y.contiguous(memory_format=torch.channels_last)
+    by_channel = [-1, *[1] * (input.ndim - 2)]
+    y = y if weight is None else y * weight.view(by_channel)
+    return y if bias is None else y + bias.view(by_channel)
+
+
+def instance_norm(
+    demand: Demand,
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """``torch.nn.functional.instance_norm``, as a group for each channel; ``None`` if it cannot be taken over."""
+    without_running = use_input_stats and running_mean is None and running_var is None
+    if not without_running or input.ndim < 3 or input.numel() == input.shape[0] * input.shape[1]:
+        return None
+    return group_norm(demand, input, input.shape[1], weight, bias, eps)
 
 
 def _can_take(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

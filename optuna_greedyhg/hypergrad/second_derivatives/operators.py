@@ -21,6 +21,8 @@ _LEAN: Mapping[Callable[..., Tensor], Callable[..., Tensor | None]] = {
     torch.conv3d: partial(convolutions.convolve, 3),
     functional.batch_norm: normalizations.batch_norm,
     functional.layer_norm: normalizations.layer_norm,
+    functional.group_norm: normalizations.group_norm,
+    functional.instance_norm: normalizations.instance_norm,
 }
 """Each with its own arguments after the ``Demand``; the result is ``None`` if they are left to PyTorch."""
 
