@@ -185,11 +185,15 @@ class TestNormalizations:
         expected = by_differences(problem, alpha, horizon=3, rule=Adam(lr=0.01))
         assert_agree(estimate(problem, alpha, Reverse(), 3, Adam(lr=0.01)), expected, rtol=1e-5)
 
-    def test_of_a_penalty_on_slopes(self, kind: str) -> None:
+    @pytest.mark.parametrize("by", ["autograd", "func"])
+    def test_of_a_penalty_on_slopes(self, by: str, kind: str) -> None:
         def train_loss(model: Any, alpha: Mapping[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
             x, y = batch[0] * alpha["scale"], batch[1]
-            x = x.clone() if x.requires_grad else x.requires_grad_()
-            (slope,) = torch.autograd.grad(F.cross_entropy(model(x), y), x, create_graph=True)
+            if by == "autograd":
+                x = x.clone() if x.requires_grad else x.requires_grad_()
+                (slope,) = torch.autograd.grad(F.cross_entropy(model(x), y), x, create_graph=True)
+            else:
+                slope = torch.func.grad(lambda x: F.cross_entropy(model(x), y))(x)
             return weighted(model, alpha, batch) + (alpha["weights"].unsqueeze(1) * slope.square()).mean()
 
         problem, alpha = make_problem(normalized_net(kind), (4,), train_loss, product_mode=ProductMode.REVERSE)

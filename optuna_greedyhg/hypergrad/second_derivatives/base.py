@@ -24,12 +24,12 @@ class Demand:
     inputs: bool = True
 
 
-def can_take(x: Tensor) -> bool:
-    """Whether an operator can be taken over at this input: a plain tensor, outside autocast and ``torch.func``."""
-    return type(x) is Tensor and not torch.is_autocast_enabled(x.device.type) and not _in_transform()
+def is_plain(x: Tensor) -> bool:
+    """Whether it is a tensor without ways of its own, outside autocast."""
+    return type(x) is Tensor and not torch.is_autocast_enabled(x.device.type)
 
 
-def _in_transform() -> bool:
+def in_transform() -> bool:
     """Whether a loss is using ``torch.func`` itself, in which torch.autograd.Function asks the same, in private."""
     active: bool = torch._C._are_functorch_transforms_active()
     return active

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optuna_greedyhg.hypergrad.second_derivatives.base import Demand, Wanted, can_take
+from optuna_greedyhg.hypergrad.second_derivatives.base import Demand, Wanted, in_transform, is_plain
 
 
 def convolve(
@@ -31,7 +31,7 @@ def convolve(
 ) -> Tensor | None:
     """``torch.conv1d``, ``conv2d`` or ``conv3d`` for n of 1, 2 or 3; ``None`` if it cannot be taken over."""
     # An example may come without a batch.
-    if not can_take(input) or input.ndim != n + 2 or isinstance(padding, str):
+    if not is_plain(input) or in_transform() or input.ndim != n + 2 or isinstance(padding, str):
         return None
     geometry = _Geometry(_repeated(stride, n), _repeated(padding, n), _repeated(dilation, n), groups)
     y: Tensor = _Convolution.apply(input, weight, bias, geometry, demand)  # type: ignore[no-untyped-call]

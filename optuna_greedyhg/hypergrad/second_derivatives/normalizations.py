@@ -8,9 +8,9 @@ so the first derivative's results for x, γ and β are r·P(γ·ȳ), Σȳ·x̂ a
     for γ:  Σ ȳ·r·P X
     for x:  r·P(G·ȳ − r·(m(x̂·u)·X + m(x̂·X)·u)) − r·m(u·r·P X)·x̂        with u = γ·ȳ
 
-PyTorch has r·P as one operator, the first derivative without γ. Its own second derivatives of both take some thirty
-operations for all three, and are wrong when they are differentiated in turn, as they take the statistics for constants:
-a loss with a penalty on gradients is therefore differentiated as y is written above.
+PyTorch has r·P as one operator, the first derivative without γ. Its own second derivatives take some thirty operations
+for all three, and those of batch and layer normalization are wrong when they are differentiated in turn, as they take
+the statistics for constants: a loss with a penalty on gradients is therefore differentiated as y is written above.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from optuna_greedyhg.hypergrad.second_derivatives.base import Demand, Wanted, can_take
+from optuna_greedyhg.hypergrad.second_derivatives.base import Demand, Wanted, in_transform, is_plain
 
 # torch.nn has no functions for these derivatives; the operators of the ATen core are what autograd calls.
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
@@ -41,8 +41,9 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     """``torch.nn.functional.batch_norm``; ``None`` if it cannot be taken over, as outside training."""
-    # Of a single value a channel, torch.nn.functional says what is wrong.
-    if not training or input.ndim < 2 or input.numel() == input.shape[1] or not _can_take(input, weight, bias):
+    single = input.ndim < 2 or input.numel() == input.shape[1]  # of which torch.nn.functional says what is wrong
+    within_running = in_transform() and running_mean is not None
+    if not training or single or within_running or not _can_take(input, weight, bias):
         return None
 
     def forward(x: Tensor, w: Tensor | None, bias: Tensor | None) -> Bars:
@@ -97,12 +98,8 @@ def group_norm(
 ) -> Tensor | None:
     """``torch.nn.functional.group_norm``, as layer normalization of the groups; ``None`` if it cannot be taken over."""
     # Of numbers that do not fit, torch.nn.functional says what is wrong.
-    if (
-        input.ndim < 2
-        or input.shape[1] % num_groups
-        or input.numel() == num_groups
-        or not _can_take(input, weight, bias)
-    ):
+    unfit = input.ndim < 2 or input.shape[1] % num_groups != 0 or input.numel() == num_groups
+    if unfit or in_transform() or not _can_take(input, weight, bias):
         return None
     groups = input.reshape(len(input), num_groups, -1)
     y = layer_norm(demand, groups, groups.shape[2:], eps=eps)
@@ -135,7 +132,7 @@ def instance_norm(
 
 def _can_take(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     # A model may have its normalizations in float32 and the rest in bfloat16.
-    return can_take(input) and input.numel() > 0 and all(x is None or x.dtype == input.dtype for x in (weight, bias))
+    return is_plain(input) and input.numel() > 0 and all(x is None or x.dtype == input.dtype for x in (weight, bias))
 
 
 Bars = tuple[Tensor, Tensor, Tensor]
@@ -172,6 +169,8 @@ class _Kind(NamedTuple):
 
 
 def _normalized(x: Tensor, w: Tensor | None, bias: Tensor | None, kind: _Kind, demand: Demand) -> Tensor:
+    if in_transform():  # for derivatives of its own, a loss with a penalty
+        return kind.as_written(x, w, bias)
     y: Tensor = _Normalization.apply(x, w, bias, kind, demand)  # type: ignore[no-untyped-call]
     return y
 
