@@ -37,7 +37,7 @@ from optuna_greedyhg.hypergrad.domains import Hyperparameter
 from optuna_greedyhg.hypergrad.product_modes import ProductMode
 from optuna_greedyhg.hypergrad.randomness import RandomState
 from optuna_greedyhg.hypergrad.recordings import Recorder, cuda_recorder
-from optuna_greedyhg.hypergrad.second_derivatives import PlainWeightNorm, has_weight_norm
+from optuna_greedyhg.hypergrad.second_derivatives import PlainWeightNorm, has_lean_layers, has_weight_norm
 from optuna_greedyhg.hypergrad.trees import Tensors
 
 _NO_HOOKS = (
@@ -295,6 +295,7 @@ class BilevelProblem:
         self._eval_module = copy.deepcopy(model).eval()
         self._tied = _has_tied(model)
         self._has_weight_norm = has_weight_norm(model)
+        self.has_lean_layers = has_lean_layers(model)
         self._outer = trees.clone({name: p for name, p in model.named_parameters() if name in outer})
         self._constants = trees.clone({name: p for name, p in inner.items() if not p.requires_grad})
         self.initial_parameters = trees.clone({name: p for name, p in inner.items() if p.requires_grad})

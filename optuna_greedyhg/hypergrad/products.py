@@ -316,7 +316,7 @@ class StepRecipe:
         _require_unwritten(w, versions)
         _require_dense(gradient)
         if operators is not None:
-            self.products.has_lean = operators.found
+            self.products.has_lean = operators.found or self.products.problem.has_lean_layers
         self.products.cost.n_train_gradients += self.products.problem.n_examples(self.batch)
         detached = {name: g.detach() for name, g in gradient.items()}
         reads = tuple(name for name in z if name in values.used)

@@ -194,11 +194,34 @@ class TestNormalizations:
                 (slope,) = torch.autograd.grad(F.cross_entropy(model(x), y), x, create_graph=True)
             else:
                 slope = torch.func.grad(lambda x: F.cross_entropy(model(x), y))(x)
-            return weighted(model, alpha, batch) + (alpha["weights"].unsqueeze(1) * slope.square()).mean()
+            return weighted(model, alpha, batch) + 10 * (alpha["weights"].unsqueeze(1) * slope.square()).mean()
 
         problem, alpha = make_problem(normalized_net(kind), (4,), train_loss, product_mode=ProductMode.REVERSE)
         expected = by_differences(problem, alpha, horizon=2)
-        assert_agree(estimate(problem, alpha, Reverse(), horizon=2), expected, rtol=1e-5)
+        assert_agree(estimate(problem, alpha, Reverse(), horizon=2), expected, rtol=1e-7)
+
+    def test_of_a_penalty_from_a_later_step_on(self, kind: str) -> None:
+        """The first step does without the normalization, and so does not show that there is one."""
+
+        def train_loss(model: Any, alpha: Mapping[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+            x, y = batch[0] * alpha["scale"], batch[1]
+            if len(y) == 1:
+                return F.cross_entropy(model[3](torch.tanh(model[0](x))), y)
+            x = x.clone() if x.requires_grad else x.requires_grad_()
+            (slope,) = torch.autograd.grad(F.cross_entropy(model(x), y), x, create_graph=True)
+            return weighted(model, alpha, batch) + 10 * slope.square().mean()
+
+        problem, alpha = make_problem(normalized_net(kind), (4,), train_loss)
+        v = Covector(problem.initial_parameters)
+
+        def product(of: Products) -> Tensors:
+            step = of.step(of.initial_state(), alpha, next(problem.train_stream()), keep_graph=True)
+            return step.times_b(v)
+
+        first, second = (Products(problem, {name: Unbounded() for name in alpha}, RULE) for _ in range(2))
+        x, y = next(problem.train_stream())
+        second.step(second.initial_state(), alpha, (x[:1], y[:1]), keep_graph=True)
+        assert_agree(product(second), product(first), rtol=1e-12)
 
 
 class TestWeightNorm:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from optuna_greedyhg.hypergrad.second_derivatives import Demand, LeanOperators
@@ -285,19 +288,91 @@ def test_which_normalizations_are_left_to_torch(layer: nn.Module, dtype: torch.d
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)], ids=str)
 def test_a_normalization_keeps_channels_last(layer: nn.Module) -> None:
     x = torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last)
-    with LeanOperators(Demand()):
+    with LeanOperators(Demand()) as operators:
         assert layer(x).is_contiguous(memory_format=torch.channels_last)
+    assert operators.found
 
 
 @pytest.mark.parametrize(
-    ("layer", "x"),
+    ("layer", "shape"),
     [
-        (nn.BatchNorm1d(3), torch.randn(1, 3)),
-        (nn.GroupNorm(3, 3), torch.randn(1, 3)),
-        (nn.InstanceNorm1d(3), torch.randn(2, 3, 1)),
+        (nn.BatchNorm1d(3), (1, 3)),
+        (nn.BatchNorm1d(2), (5, 3)),
+        (nn.BatchNorm1d(4), (5, 3)),
+        (nn.BatchNorm1d(1, affine=False), (5, 8)),
+        (nn.BatchNorm1d(4, track_running_stats=False), (5, 3)),
+        (nn.BatchNorm1d(3, eps=0.0), (5, 3)),
+        (nn.LayerNorm(2), (5, 3)),
+        (nn.LayerNorm([4, 3]), (5, 3)),
+        (nn.GroupNorm(3, 3), (1, 3)),
+        (nn.GroupNorm(1, 4), (2, 1, 3)),
+        (nn.GroupNorm(2, 4), (2, 3, 3)),
+        (nn.InstanceNorm1d(3), (2, 3, 1)),
     ],
-    ids=lambda of: type(of).__name__,
+    ids=str,
 )
-def test_single_values_are_refused_by_torch(layer: nn.Module, x: Tensor) -> None:
-    with LeanOperators(Demand()), pytest.raises(ValueError, match=r"more than 1 (value per channel|spatial element)"):
+def test_what_pytorch_refuses_is_refused_by_it(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """Its core's operators, without the layers around them, would read and write beyond the ends of tensors."""
+    x = torch.randn(shape)
+    with pytest.raises((ValueError, RuntimeError)) as expected:
         layer(x)
+    with LeanOperators(Demand()), pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        layer(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_normalization_within_forward_mode(kind: str) -> None:
+    case = Normalization(kind, ("weight", "bias"), (5, 4, 3))
+    x, *parameters = [leaf.detach() for leaf in case.leaves]
+    tangent = torch.randn_like(x)
+    _, expected = torch.func.jvp(lambda x: case.written(x, *parameters), (x,), (tangent,))
+    with LeanOperators(Demand()), forward_ad.dual_level():
+        y = case(forward_ad.make_dual(x, tangent), *parameters)
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_left_to_torch() -> None:
+    layer = nn.LayerNorm(3)
+    x = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=torch.strided)
+    with LeanOperators(Demand()) as operators:
+        layer(x)
+    assert not operators.found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_normalization_of_data_without_derivatives(kind: str) -> None:
+    case = Normalization(kind, ("weight", "bias"), (5, 4, 3))
+    x, *parameters = case.leaves
+    y_bar = random(5, 4, 3, requires_grad=True)
+
+    def second(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(function(x.detach(), *parameters), parameters, y_bar, create_graph=True)
+        return torch.autograd.grad(first, [y_bar], [g.detach() for g in first])
+
+    expected = second(case.written)
+    with LeanOperators(Demand()):
+        result = second(case)
+    torch.testing.assert_close(result, expected)
+
+
+class Dead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, y_bar: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_normalization_from_which_nothing_is_wanted(kind: str, create_graph: bool) -> None:
+    case = Normalization(kind, ("weight",), (5, 4, 3))
+    with LeanOperators(Demand()):
+        (slope,) = torch.autograd.grad(case(*case.leaves).sin().sum(), case.leaves[:1], create_graph=True)
+    result = torch.autograd.grad(
+        Dead.apply(slope).sum(), case.leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    assert not any(g.any() for g in result)

@@ -7,7 +7,7 @@ it. ``PlainWeightNorm`` is about an operator whose second derivative is wrong.
 """
 
 from optuna_greedyhg.hypergrad.second_derivatives.base import Demand
-from optuna_greedyhg.hypergrad.second_derivatives.operators import LeanOperators, lean_among
+from optuna_greedyhg.hypergrad.second_derivatives.operators import LeanOperators, has_lean_layers, lean_among
 from optuna_greedyhg.hypergrad.second_derivatives.weight_norm import PlainWeightNorm, has_weight_norm
 
-__all__ = ["Demand", "LeanOperators", "PlainWeightNorm", "has_weight_norm", "lean_among"]
+__all__ = ["Demand", "LeanOperators", "PlainWeightNorm", "has_lean_layers", "has_weight_norm", "lean_among"]

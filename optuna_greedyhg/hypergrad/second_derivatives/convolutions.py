@@ -31,7 +31,8 @@ def convolve(
 ) -> Tensor | None:
     """``torch.conv1d``, ``conv2d`` or ``conv3d`` for n of 1, 2 or 3; ``None`` if it cannot be taken over."""
     # An example may come without a batch.
-    if not is_plain(input) or in_transform() or input.ndim != n + 2 or isinstance(padding, str):
+    tensors = input, weight, bias
+    if not is_plain(*tensors) or in_transform(*tensors) or input.ndim != n + 2 or isinstance(padding, str):
         return None
     geometry = _Geometry(_repeated(stride, n), _repeated(padding, n), _repeated(dilation, n), groups)
     y: Tensor = _Convolution.apply(input, weight, bias, geometry, demand)  # type: ignore[no-untyped-call]

@@ -29,6 +29,10 @@ _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
+Results = tuple[Tensor, Tensor | None, Tensor | None]
+"""The derivatives for x, γ and β."""
+
+
 def batch_norm(
     demand: Demand,
     input: Tensor,
@@ -41,23 +45,27 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     """``torch.nn.functional.batch_norm``; ``None`` if it cannot be taken over, as outside training."""
-    single = input.ndim < 2 or input.numel() == input.shape[1]  # of which torch.nn.functional says what is wrong
-    within_running = in_transform() and running_mean is not None
-    if not training or single or within_running or not _can_take(input, weight, bias):
+    if not training or input.ndim < 2 or input.numel() == input.shape[1] or eps <= 0:
         return None
+    size = input.shape[1:2]
+    if not (_fit(size, running_mean, running_var) and _can_take(input, size, weight, bias)):
+        return None
+    if in_transform(input, weight, bias) and running_mean is not None:
+        return None  # to whose statistics the transform gives other values
 
-    def forward(x: Tensor, w: Tensor | None, bias: Tensor | None) -> Bars:
+    def forward(x: Tensor, w: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return torch.native_batch_norm(x, w, bias, running_mean, running_var, True, momentum, eps)
 
     def again(x: Tensor, mean: Tensor, r: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
         return functional.batch_norm(x, mean, r**-2 - eps, w, bias, False, eps=eps)
 
-    def pull_back(y_bar: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, r: Tensor, wanted: Wanted) -> Bars:
-        bars: Bars = _batch_norm_backward(y_bar, x, w, None, None, mean, r, True, eps, [*wanted])
+    def pull_back(y_bar: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, r: Tensor, wanted: Wanted) -> Results:
+        bars: Results = _batch_norm_backward(y_bar, x, w, None, None, mean, r, True, eps, [*wanted])
         return bars
 
-    dims, by_channel = [d for d in range(input.ndim) if d != 1], [input.shape[1], *[1] * (input.ndim - 2)]
-    return _normalized(input, weight, bias, _Kind(dims, by_channel, by_channel, eps, forward, again, pull_back), demand)
+    dims, by_channel = [d for d in range(input.ndim) if d != 1], [*size, *[1] * (input.ndim - 2)]
+    kind = _Kind(dims, by_channel, by_channel, eps, forward, again, pull_back)
+    return _normalized(input, weight, bias, kind, demand)
 
 
 def layer_norm(
@@ -69,23 +77,24 @@ def layer_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     """``torch.nn.functional.layer_norm``; ``None`` if it cannot be taken over."""
-    if not _can_take(input, weight, bias):
+    shape = torch.Size(normalized_shape)
+    if input.shape[-len(shape) :] != shape or not _can_take(input, shape, weight, bias):
         return None
-    shape = [*normalized_shape]
 
-    def forward(x: Tensor, w: Tensor | None, bias: Tensor | None) -> Bars:
+    def forward(x: Tensor, w: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         return torch.native_layer_norm(x, shape, w, bias, eps)
 
     def again(x: Tensor, mean: Tensor, r: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
         return functional.layer_norm(x, shape, w, bias, eps)
 
-    def pull_back(y_bar: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, r: Tensor, wanted: Wanted) -> Bars:
+    def pull_back(y_bar: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, r: Tensor, wanted: Wanted) -> Results:
         like_bias = x.new_empty(shape) if wanted[2] else None  # of which the operator reads the shape alone
-        bars: Bars = _layer_norm_backward(y_bar, x, shape, mean, r, w, like_bias, [*wanted])
+        bars: Results = _layer_norm_backward(y_bar, x, shape, mean, r, w, like_bias, [*wanted])
         return bars
 
     dims, by_example = [*range(-len(shape), 0)], [*input.shape[: -len(shape)], *[1] * len(shape)]
-    return _normalized(input, weight, bias, _Kind(dims, shape, by_example, eps, forward, again, pull_back), demand)
+    kind = _Kind(dims, [*shape], by_example, eps, forward, again, pull_back)
+    return _normalized(input, weight, bias, kind, demand)
 
 
 def group_norm(
@@ -96,20 +105,38 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """``torch.nn.functional.group_norm``, as layer normalization of the groups; ``None`` if it cannot be taken over."""
-    # Of numbers that do not fit, torch.nn.functional says what is wrong.
-    unfit = input.ndim < 2 or input.shape[1] % num_groups != 0 or input.numel() == num_groups
-    if unfit or in_transform() or not _can_take(input, weight, bias):
+    """``torch.nn.functional.group_norm``; ``None`` if it cannot be taken over."""
+    if input.ndim < 2 or num_groups < 1 or input.shape[1] % num_groups or input.numel() == num_groups:
         return None
-    groups = input.reshape(len(input), num_groups, -1)
-    y = layer_norm(demand, groups, groups.shape[2:], eps=eps)
-    assert y is not None
-    y = y.reshape(input.shape)
-    if input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last):
-        y = y.contiguous(memory_format=torch.channels_last)
-    by_channel = [-1, *[1] * (input.ndim - 2)]
-    y = y if weight is None else y * weight.view(by_channel)
-    return y if bias is None else y + bias.view(by_channel)
+    # PyTorch's third derivative is right; so it has those within transforms.
+    if in_transform(input, weight, bias) or not _can_take(input, input.shape[1:2], weight, bias):
+        return None
+    shape = torch.Size([input.shape[1] // num_groups, input[0, 0].numel()])
+    by_channel = [num_groups, shape[0], 1]
+
+    def affine(x_hat: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+        y = x_hat if w is None else x_hat * w.view(by_channel)
+        return y if bias is None else y + bias.view(by_channel)
+
+    def forward(x: Tensor, w: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        x_hat, mean, r = torch.native_layer_norm(x, shape, None, None, eps)
+        return affine(x_hat, w, bias), mean, r
+
+    def again(x: Tensor, mean: Tensor, r: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
+        return affine(functional.layer_norm(x, shape, eps=eps), w, bias)
+
+    def pull_back(y_bar: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, r: Tensor, wanted: Wanted) -> Results:
+        u = affine(y_bar, w, None)
+        x_bar, *_ = _layer_norm_backward(u, x, shape, mean, r, None, None, [True, False, False])
+        products = y_bar * again(x, mean, r, None, None) if wanted[1] else None
+        w_bar, bias_bar = (None if v is None else v.sum_to_size(by_channel).flatten() for v in (products, y_bar))
+        return x_bar, w_bar, bias_bar
+
+    groups = input.reshape(len(input), num_groups, *shape)
+    kind = _Kind([2, 3], by_channel, [*groups.shape[:2], 1, 1], eps, forward, again, pull_back)
+    y = _normalized(groups, weight, bias, kind, demand).reshape(input.shape)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.ndim)
+    return y.contiguous(memory_format=last) if last and input.is_contiguous(memory_format=last) else y
 
 
 def instance_norm(
@@ -124,19 +151,21 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     """``torch.nn.functional.instance_norm``, as a group for each channel; ``None`` if it cannot be taken over."""
-    without_running = use_input_stats and running_mean is None and running_var is None
-    if not without_running or input.ndim < 3 or input.numel() == input.shape[0] * input.shape[1]:
+    has_running = not use_input_stats or running_mean is not None or running_var is not None
+    if has_running or input.ndim < 3 or input.numel() == input.shape[0] * input.shape[1]:
         return None
     return group_norm(demand, input, input.shape[1], weight, bias, eps)
 
 
-def _can_take(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    # A model may have its normalizations in float32 and the rest in bfloat16.
-    return is_plain(input) and input.numel() > 0 and all(x is None or x.dtype == input.dtype for x in (weight, bias))
+def _can_take(input: Tensor, size: torch.Size, weight: Tensor | None, bias: Tensor | None) -> bool:
+    # Sizes that do not fit are left to PyTorch, which says so; the operators of its core take them as they are. A model
+    # may have its normalizations in float32 and the rest in bfloat16.
+    plain = is_plain(input, weight, bias) and input.numel() > 0 and _fit(size, weight, bias)
+    return plain and all(x is None or x.dtype == input.dtype for x in (weight, bias))
 
 
-Bars = tuple[Tensor, Tensor, Tensor]
-"""Derivatives for x, γ and β; also y with its mean and r."""
+def _fit(size: torch.Size, *tensors: Tensor | None) -> bool:
+    return all(x is None or x.shape == size for x in tensors)
 
 
 class _Kind(NamedTuple):
@@ -156,9 +185,9 @@ class _Kind(NamedTuple):
     shape: list[int]
     statistics: list[int]
     eps: float
-    forward: Callable[[Tensor, Tensor | None, Tensor | None], Bars]
+    forward: Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
     again: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
-    pull_back: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Wanted], Bars]
+    pull_back: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Wanted], Results]
 
     def as_written(self, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
         """y by plain arithmetic."""
@@ -169,7 +198,7 @@ class _Kind(NamedTuple):
 
 
 def _normalized(x: Tensor, w: Tensor | None, bias: Tensor | None, kind: _Kind, demand: Demand) -> Tensor:
-    if in_transform():  # for derivatives of its own, a loss with a penalty
+    if in_transform(x, w, bias):  # for derivatives of its own, a loss with a penalty
         return kind.as_written(x, w, bias)
     y: Tensor = _Normalization.apply(x, w, bias, kind, demand)  # type: ignore[no-untyped-call]
     return y
@@ -212,10 +241,14 @@ class _PulledBack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         y_bar, x, w, mean, r = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        second: Second = (None, None, None)
+        if all(bar is None for bar in cotangents):
+            pass
+        elif torch.is_grad_enabled():
             second = _second_as_written(y_bar, x, w, cotangents, ctx.kind)
         else:
-            second = _second(y_bar, x, w, mean, r, cotangents, ctx.kind, ctx.demand)
+            inputs = ctx.demand.inputs and any(ctx.needs_input_grad[1:3])
+            second = _second(y_bar, x, w, mean, r, cotangents, ctx.kind, inputs)
         return *second, None, None, None, None, None
 
 
@@ -231,9 +264,9 @@ def _second(
     r: Tensor,
     cotangents: Sequence[Tensor | None],
     kind: _Kind,
-    demand: Demand,
+    inputs: bool,
 ) -> Second:
-    """By the equations above."""
+    """By the equations above; for ȳ alone, unless the others are wanted."""
 
     def project(v: Tensor) -> Tensor:
         return kind.pull_back(v, x, None, mean, r, (True, False, False))[0]  # r·P
@@ -242,23 +275,24 @@ def _second(
         return v.mean(kind.dims, keepdim=True)
 
     X, G, B = cotangents
-    X = torch.zeros_like(x) if X is None else X
+    through_G = None if G is None or not inputs else y_bar * G.view(kind.shape)
+    affine = None
+    if G is not None or B is not None:
+        affine = kind.again(x, mean, r, G if B is None or G is not None else torch.zeros_like(B), B)
+    if X is None:
+        return affine, None if through_G is None else project(through_G), None
     gamma = None if w is None else w.view(kind.shape)
     projected = project(X)
-    for_y = projected if gamma is None else projected * gamma
-    if G is not None or B is not None:
-        for_y = kind.again(x, mean, r, G if B is None or G is not None else torch.zeros_like(B), B).add_(for_y)
-    if not demand.inputs:
+    scaled = projected if gamma is None else projected * gamma
+    for_y = scaled if affine is None else affine.add_(scaled)
+    if not inputs:
         return for_y, None, None
-
     x_hat, minus_r = kind.again(x, mean, r, None, None), -r.view(kind.statistics)
     u = y_bar if gamma is None else y_bar * gamma
-    inner = (X * m(x_hat * u)).addcmul_(u, m(x_hat * X)).mul_(minus_r)
-    if G is not None:
-        inner.addcmul_(y_bar, G.view(kind.shape))
-    for_x = project(inner).addcmul_(x_hat, minus_r * m(u * projected))
-    for_w = None if w is None else (y_bar * projected).sum_to_size(kind.shape).view_as(w)
-    return for_y, for_x, for_w
+    coupled = (X * m(x_hat * u)).addcmul_(u, m(x_hat * X)).mul_(minus_r)
+    for_x = project(coupled if through_G is None else coupled.add_(through_G))
+    for_x = for_x.addcmul_(x_hat, minus_r * m(u * projected))
+    return for_y, for_x, None if w is None else (y_bar * projected).sum_to_size(kind.shape).view_as(w)
 
 
 def _second_as_written(

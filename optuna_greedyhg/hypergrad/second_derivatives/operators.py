@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -26,11 +26,17 @@ _LEAN: Mapping[Callable[..., Tensor], Callable[..., Tensor | None]] = {
 }
 """Each with its own arguments after the ``Demand``; the result is ``None`` if they are left to PyTorch."""
 
+_LAYERS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
 _NAMES = {f"{cls.__name__}Backward" for cls in (*convolutions.FUNCTIONS, *normalizations.FUNCTIONS)}
 
 
 class LeanOperators(TorchFunctionMode):
-    """Within it, convolutions and normalizations have these second derivatives, whoever calls them.
+    """Within it, the layers of ``torch.nn`` for convolution and normalization have these second derivatives.
 
     Attributes:
         found: Whether there has been one.
@@ -51,6 +57,11 @@ class LeanOperators(TorchFunctionMode):
             return function(*args, **kwargs)
         self.found = True
         return y
+
+
+def has_lean_layers(module: nn.Module) -> bool:
+    """Whether one of its parts calls such a function, though perhaps not at each step."""
+    return any(isinstance(part, _LAYERS) for part in module.modules())
 
 
 def lean_among(nodes: Iterable[Node]) -> set[Node]:
