@@ -78,7 +78,7 @@ def layer_norm(
 ) -> Tensor | None:
     """``torch.nn.functional.layer_norm``; ``None`` if it cannot be taken over."""
     shape = torch.Size(normalized_shape)
-    if input.shape[-len(shape) :] != shape or not _can_take(input, shape, weight, bias):
+    if not _can_take(input, shape, weight, bias) or input.shape[-len(shape) :] != shape:
         return None
 
     def forward(x: Tensor, w: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
