@@ -47,14 +47,17 @@ def hypercleaning() -> Iterator[str]:
 
 
 def metalearning() -> Iterator[str]:
-    """One table for each setting and number of classes in a task."""
+    """One table for each setting, number of classes in a task, and length of a run."""
     for rows in _files("paper_metalearning_*"):
         name = rows[0]["cell"]["setting"]
         setting = paper_metalearning.SETTINGS[name]
-        for n_way in sorted({row["cell"]["n_way"] for row in rows}):
-            its = [row for row in rows if row["cell"]["n_way"] == n_way]
-            table = paper_metalearning.table(its, setting, n_way)
-            yield f"**{name}, {n_way}-way {setting.n_shot}-shot**\n\n{table}"
+        keys = ("n_way", "n_outer_steps", "n_episodes")
+        for size in sorted({tuple(row["cell"][key] for key in keys) for row in rows}):
+            its = [row for row in rows if tuple(row["cell"][key] for key in keys) == size]
+            n_way, n_outer_steps, n_episodes = size
+            length = f"{n_outer_steps} outer steps of {n_episodes} task{'s' if n_episodes > 1 else ''}"
+            title = f"**{name}, {n_way}-way {setting.n_shot}-shot, {length}**"
+            yield f"{title}\n\n{paper_metalearning.table(its, setting, n_way)}"
         yield _made_by(rows)
 
 
