@@ -51,10 +51,11 @@ def metalearning() -> Iterator[str]:
     for rows in _files("paper_metalearning_*"):
         name = rows[0]["cell"]["setting"]
         setting = paper_metalearning.SETTINGS[name]
-        keys = ("n_way", "n_outer_steps", "n_episodes")
-        for size in sorted({tuple(row["cell"][key] for key in keys) for row in rows}):
-            its = [row for row in rows if tuple(row["cell"][key] for key in keys) == size]
-            n_way, n_outer_steps, n_episodes = size
+        by_size: dict[tuple[int, int, int], list[grid.Row]] = {}
+        for row in rows:
+            cell = row["cell"]
+            by_size.setdefault((cell["n_way"], cell["n_outer_steps"], cell["n_episodes"]), []).append(row)
+        for (n_way, n_outer_steps, n_episodes), its in sorted(by_size.items()):
             length = f"{n_outer_steps} outer steps of {n_episodes} task{'s' if n_episodes > 1 else ''}"
             title = f"**{name}, {n_way}-way {setting.n_shot}-shot, {length}**"
             yield f"{title}\n\n{paper_metalearning.table(its, setting, n_way)}"

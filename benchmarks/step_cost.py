@@ -54,12 +54,8 @@ class Residual(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        layers = [
-            part
-            for _ in range(2)
-            for part in (nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        ]
-        self.body = nn.Sequential(*layers[:-1])
+        first, second = (nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
+        self.body = nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(), second, nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + self.body(x))

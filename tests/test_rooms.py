@@ -60,6 +60,11 @@ def floor_of(name: str) -> int:
     return next(i for i, names in enumerate(FLOORS) if name in names)
 
 
+def part_of(file: Path) -> str:
+    """The name of a file of the mathematics, or of the package that it is in."""
+    return file.relative_to(PACKAGE / "hypergrad").with_suffix("").parts[0]
+
+
 def name_of(file: Path) -> str:
     return str(file.relative_to(PACKAGE))
 
@@ -73,7 +78,7 @@ def test_the_mathematics_needs_torch_alone(file):
 
 @pytest.mark.parametrize("file", [file for file in HYPERGRAD if file.name != "__init__.py"], ids=name_of)
 def test_a_file_of_the_mathematics_imports_only_from_floors_above(file):
-    here = file.relative_to(PACKAGE / "hypergrad").with_suffix("").parts[0]
+    here = part_of(file)
     for _, *parts in own(file):
         if parts[0] == here:
             continue  # a floor of several files, beside their common base
@@ -83,8 +88,7 @@ def test_a_file_of_the_mathematics_imports_only_from_floors_above(file):
 @pytest.mark.parametrize("file", HYPERGRAD, ids=name_of)
 def test_only_products_and_curvature_call_autograd(file):
     # The last two define operators by it, and walk over its graphs.
-    room = file.relative_to(PACKAGE / "hypergrad").with_suffix("").parts[0]
-    if room in ("products", "product_modes", "curvature", "second_derivatives", "graphs"):
+    if part_of(file) in ("products", "product_modes", "curvature", "second_derivatives", "graphs"):
         return
     attributes = {node.attr for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
     assert not attributes & {"autograd", "backward", "jvp", "vjp", "jacrev", "jacfwd", "hessian"}

@@ -36,6 +36,15 @@ def derivatives(function: Callable[..., Tensor], leaves: list[Tensor]) -> list[T
     return [y, *first, *second]
 
 
+def products_of_some(
+    function: Callable[..., Tensor], leaves: list[Tensor], y_bar: Tensor, given: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """For ȳ and the leaves, when of the first derivatives only those given have a cotangent."""
+    first = torch.autograd.grad(function(*leaves), leaves, y_bar, create_graph=True)
+    chosen = [first[i] for i in given]
+    return torch.autograd.grad(chosen, [y_bar, *leaves], [g.detach() for g in chosen], materialize_grads=True)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("n", "geometry"), list(itertools.product([1, 2, 3], GEOMETRIES)))
 def test_all_derivatives_are_those_of_torch(n: int, geometry: dict[str, int], bias: bool) -> None:
@@ -63,14 +72,9 @@ def test_cotangents_that_are_missing(given: tuple[int, ...]) -> None:
     leaves.append(random(4, requires_grad=True))
     y_bar = random(2, 4, 3, 3, requires_grad=True)
 
-    def derivatives() -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(torch.conv2d(*leaves), leaves, y_bar, create_graph=True)
-        chosen = [first[i] for i in given]
-        return torch.autograd.grad(chosen, [y_bar, *leaves], [g.detach() for g in chosen], materialize_grads=True)
-
-    expected = derivatives()
+    expected = products_of_some(torch.conv2d, leaves, y_bar, given)
     with LeanOperators(Demand()):
-        result = derivatives()
+        result = products_of_some(torch.conv2d, leaves, y_bar, given)
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
@@ -196,15 +200,9 @@ def test_cotangents_that_are_missing_at_a_normalization(kind: str, given: tuple[
     case = Normalization(kind, ("weight", "bias"), (5, 4, 3))
     y_bar = random(5, 4, 3, requires_grad=True)
 
-    def second(function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        first = torch.autograd.grad(function(*case.leaves), case.leaves, y_bar, create_graph=True)
-        chosen = [first[i] for i in given]
-        leaves = [y_bar, *case.leaves]
-        return torch.autograd.grad(chosen, leaves, [g.detach() for g in chosen], materialize_grads=True)
-
-    expected = second(case.written)
+    expected = products_of_some(case.written, case.leaves, y_bar, given)
     with LeanOperators(Demand()):
-        result = second(case)
+        result = products_of_some(case, case.leaves, y_bar, given)
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 

@@ -30,8 +30,8 @@ def convolve(
     groups: int = 1,
 ) -> Tensor | None:
     """``torch.conv1d``, ``conv2d`` or ``conv3d`` for n of 1, 2 or 3; ``None`` if it cannot be taken over."""
-    # An example may come without a batch.
     tensors = input, weight, bias
+    # An example may come without a batch.
     if not is_plain(*tensors) or in_transform(*tensors) or input.ndim != n + 2 or isinstance(padding, str):
         return None
     geometry = _Geometry(_repeated(stride, n), _repeated(padding, n), _repeated(dilation, n), groups)

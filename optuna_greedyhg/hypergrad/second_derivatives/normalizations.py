@@ -50,7 +50,8 @@ def batch_norm(
     size = input.shape[1:2]
     if not (_fit(size, running_mean, running_var) and _can_take(input, size, weight, bias)):
         return None
-    if in_transform(input, weight, bias) and running_mean is not None:
+    transformed = in_transform(input, weight, bias)
+    if transformed and running_mean is not None:
         return None  # to whose statistics the transform gives other values
 
     def forward(x: Tensor, w: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,7 +66,7 @@ def batch_norm(
 
     dims, by_channel = [d for d in range(input.ndim) if d != 1], [*size, *[1] * (input.ndim - 2)]
     kind = _Kind(dims, by_channel, by_channel, eps, forward, again, pull_back)
-    return _normalized(input, weight, bias, kind, demand)
+    return kind.as_written(input, weight, bias) if transformed else _normalized(input, weight, bias, kind, demand)
 
 
 def layer_norm(
@@ -94,7 +95,8 @@ def layer_norm(
 
     dims, by_example = [*range(-len(shape), 0)], [*input.shape[: -len(shape)], *[1] * len(shape)]
     kind = _Kind(dims, [*shape], by_example, eps, forward, again, pull_back)
-    return _normalized(input, weight, bias, kind, demand)
+    transformed = in_transform(input, weight, bias)
+    return kind.as_written(input, weight, bias) if transformed else _normalized(input, weight, bias, kind, demand)
 
 
 def group_norm(
@@ -114,19 +116,15 @@ def group_norm(
     shape = torch.Size([input.shape[1] // num_groups, input[0, 0].numel()])
     by_channel = [num_groups, shape[0], 1]
 
-    def affine(x_hat: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
-        y = x_hat if w is None else x_hat * w.view(by_channel)
-        return y if bias is None else y + bias.view(by_channel)
-
     def forward(x: Tensor, w: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x_hat, mean, r = torch.native_layer_norm(x, shape, None, None, eps)
-        return affine(x_hat, w, bias), mean, r
+        return _affine(x_hat, w, bias, by_channel), mean, r
 
     def again(x: Tensor, mean: Tensor, r: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
-        return affine(functional.layer_norm(x, shape, eps=eps), w, bias)
+        return _affine(functional.layer_norm(x, shape, eps=eps), w, bias, by_channel)
 
     def pull_back(y_bar: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, r: Tensor, wanted: Wanted) -> Results:
-        u = affine(y_bar, w, None)
+        u = _affine(y_bar, w, None, by_channel)
         x_bar, *_ = _layer_norm_backward(u, x, shape, mean, r, None, None, [True, False, False])
         products = y_bar * again(x, mean, r, None, None) if wanted[1] else None
         w_bar, bias_bar = (None if v is None else v.sum_to_size(by_channel).flatten() for v in (products, y_bar))
@@ -168,6 +166,12 @@ def _fit(size: torch.Size, *tensors: Tensor | None) -> bool:
     return all(x is None or x.shape == size for x in tensors)
 
 
+def _affine(x_hat: Tensor, w: Tensor | None, bias: Tensor | None, shape: list[int]) -> Tensor:
+    """γ·x̂ + β, with as much of it as there is."""
+    y = x_hat if w is None else x_hat * w.view(shape)
+    return y if bias is None else y + bias.view(shape)
+
+
 class _Kind(NamedTuple):
     """A normalization, but for the tensors.
 
@@ -190,16 +194,13 @@ class _Kind(NamedTuple):
     pull_back: Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, Wanted], Results]
 
     def as_written(self, x: Tensor, w: Tensor | None, bias: Tensor | None) -> Tensor:
-        """y by plain arithmetic."""
+        """y by plain arithmetic, for a loss that takes derivatives of its own."""
         centred = x - x.mean(self.dims, keepdim=True)
-        y = centred * torch.rsqrt(centred.square().mean(self.dims, keepdim=True) + self.eps)
-        y = y if w is None else y * w.view(self.shape)
-        return y if bias is None else y + bias.view(self.shape)
+        x_hat = centred * torch.rsqrt(centred.square().mean(self.dims, keepdim=True) + self.eps)
+        return _affine(x_hat, w, bias, self.shape)
 
 
 def _normalized(x: Tensor, w: Tensor | None, bias: Tensor | None, kind: _Kind, demand: Demand) -> Tensor:
-    if in_transform(x, w, bias):  # for derivatives of its own, a loss with a penalty
-        return kind.as_written(x, w, bias)
     y: Tensor = _Normalization.apply(x, w, bias, kind, demand)  # type: ignore[no-untyped-call]
     return y
 
@@ -241,9 +242,8 @@ class _PulledBack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         y_bar, x, w, mean, r = ctx.saved_tensors
-        second: Second = (None, None, None)
         if all(bar is None for bar in cotangents):
-            pass
+            second: Second = (None, None, None)
         elif torch.is_grad_enabled():
             second = _second_as_written(y_bar, x, w, cotangents, ctx.kind)
         else:
@@ -281,14 +281,13 @@ def _second(
         affine = kind.again(x, mean, r, G if B is None or G is not None else torch.zeros_like(B), B)
     if X is None:
         return affine, None if through_G is None else project(through_G), None
-    gamma = None if w is None else w.view(kind.shape)
     projected = project(X)
-    scaled = projected if gamma is None else projected * gamma
+    scaled = _affine(projected, w, None, kind.shape)
     for_y = scaled if affine is None else affine.add_(scaled)
     if not inputs:
         return for_y, None, None
     x_hat, minus_r = kind.again(x, mean, r, None, None), -r.view(kind.statistics)
-    u = y_bar if gamma is None else y_bar * gamma
+    u = _affine(y_bar, w, None, kind.shape)
     coupled = (X * m(x_hat * u)).addcmul_(u, m(x_hat * X)).mul_(minus_r)
     for_x = project(coupled if through_G is None else coupled.add_(through_G))
     for_x = for_x.addcmul_(x_hat, minus_r * m(u * projected))
